@@ -56,7 +56,7 @@ def nearest_centres(
         distances[rows] += torch.linalg.vector_norm(part, dim=1).square_()
     return labels, distances.clamp_(min=0)
 
-# %% ../../nbs/core/03_neighbours.ipynb #e4d4d149
+# %% ../../nbs/core/03_neighbours.ipynb #73e67090
 def top_k(
     scores,  # (B, C)
     k: int,  # columns kept, at most C
@@ -77,7 +77,7 @@ def nearest_neighbours(
     keys=None,  # (N, D) vectors; None = the queries themselves, each left out of its own list
     k: int = 10,  # neighbours of each query
     metric: str = "cosine",  # "cosine": similarities, descending; "l2": squared distances, ascending
-    cells: int = 1 << 24,  # numbers in the (rows, columns) block
+    cells: int = 1 << 24,  # numbers in a block of scores: 16 million float32 are 64 MB
     rows=None,  # with keys=None: (R,) the queries to answer, by index; None = all
 ):  # (Q or R, k) int64 indices into keys, (Q or R, k) float32 similarities or squared distances
     "Exact nearest neighbours in blocks; of equal ones the lowest index first. Raises InputError where there are fewer than k."
@@ -90,13 +90,13 @@ def nearest_neighbours(
     if not 1 <= k <= available:
         raise InputError("not that many neighbours", found=f"k={k}, {available} vectors to choose from", expected="1 ≤ k ≤ vectors")
     queries, keys = _common_ground(queries, keys, metric)
-    columns = min(len(keys), 1 << 16)
+    columns = min(len(keys), max(1, cells >> 8))  # 65,536 of them beside 256 rows
     height = block_rows(columns, cells)
     found = []
     for first in range(0, len(queries), height):
         found.append(_row_of_blocks(queries[first : first + height], keys, k, metric, columns, own[first : first + height] if itself else None))
     index, score = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return index, score if metric == "cosine" else (-score).clamp_(min=0)
+    return index, score if metric == "cosine" else (0 - score).clamp_(min=0)
 
 
 def _common_ground(queries, keys, metric):

@@ -144,7 +144,7 @@ def split_rows(
         return np.where(later, UNUSED, part).astype(np.int8)
     raise InputError("there is no such split", column="split", found=split["rule"], expected="leave_one_out, time")
 
-# %% ../../nbs/formats/00_dataset.ipynb #99940443
+# %% ../../nbs/formats/00_dataset.ipynb #ee8755ae
 class Dataset:
     "A dataset in memory: `items`, `users`, `info`, the training rows, and the held-out rows under names that say so."
 
@@ -216,7 +216,8 @@ class Dataset:
 
 def sequences_of(frame, n_users: int) -> Ragged:
     "Item ids of users 1 … n_users from rows sorted by user and position."
-    return Ragged.from_groups(torch.from_numpy(frame["user_id"].to_numpy(np.int64) - 1), torch.from_numpy(frame["item_id"].to_numpy(np.int64).copy()), n_users)
+    user, item = (torch.from_numpy(np.array(frame[c], dtype=np.int64)) for c in ("user_id", "item_id"))
+    return Ragged.from_groups(user - 1, item, n_users)
 
 # %% ../../nbs/formats/00_dataset.ipynb #8e78433f
 def verify_dataset(folder: Path, info: dict):
