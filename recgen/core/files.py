@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['TEMPORARY', 'caller_dir', 'resolve', 'runs_dir', 'shown', 'atomic_write', 'write_json', 'write_parquet',
-           'write_tensors', 'write_torch', 'read_json', 'read_parquet', 'read_tensors', 'read_torch']
+           'write_tensors', 'write_torch', 'canonical', 'read_json', 'read_parquet', 'read_tensors', 'read_torch']
 
-# %% ../../nbs/core/05_files.ipynb #5dbc57cc
+# %% ../../nbs/core/05_files.ipynb #80e031f4
 import errno
 import json
 import os
 import shutil
+import sys
 import tempfile
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import InputError, RunError
+from .errors import InputError, RunError, first_few
 
-# %% ../../nbs/core/05_files.ipynb #bb5dbed3
+# %% ../../nbs/core/05_files.ipynb #bd34d0cf
 def caller_dir() -> Path:
     "The folder the user works in: the current one, or the repository's root when a notebook runs inside its nbs/."
     here = Path.cwd()
@@ -28,8 +30,8 @@ def caller_dir() -> Path:
 
 
 def resolve(path) -> Path:
-    "An absolute path; a relative one starts at the caller's folder, `~` is the home folder."
-    path = Path(path).expanduser()
+    "An absolute path; a relative one starts at the caller's folder, `~` is the home folder, `$NAME` the environment's."
+    path = Path(os.path.expandvars(path)).expanduser()
     return path if path.is_absolute() else caller_dir() / path
 
 
@@ -46,7 +48,7 @@ def shown(path) -> str:
             return path.relative_to(base).as_posix()
     return "/".join(path.parts[-2:])
 
-# %% ../../nbs/core/05_files.ipynb #fade5b71
+# %% ../../nbs/core/05_files.ipynb #33a3a981
 TEMPORARY = ".partial-"  # prefix of files being written; what a killed process left is removed by the next run
 
 
@@ -69,8 +71,13 @@ def atomic_write(
         os.replace(temporary, path)
         temporary = None
         _sync_folder(path.parent)
-    except OSError as e:
-        raise _write_error(path, e) from e
+    except (OSError, RuntimeError) as e:
+        cause = e
+        while cause and not isinstance(cause, OSError):  # torch's writer fails once more over the system's error
+            cause = cause.__context__
+        if cause is None or isinstance(e, RunError):
+            raise
+        raise _write_error(path, cause) from e
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
@@ -98,7 +105,7 @@ def _write_error(path, e) -> RunError:
         return RunError(f"no space left to write {path.name} in {path.parent} ({free:,} bytes free): make room and run again; what was there is unharmed")
     return RunError(f"cannot write {path.name} in {path.parent}: {e.strerror or e}: choose a folder that can be written")
 
-# %% ../../nbs/core/05_files.ipynb #0f674a0a
+# %% ../../nbs/core/05_files.ipynb #cbaae12b
 def write_json(path, data, indent=1):
     "Plain data as JSON; NaN is refused, since no other reader would accept it."
     with atomic_write(path, "w") as f:
@@ -129,9 +136,20 @@ def write_torch(path, state: dict):
     import torch
 
     with atomic_write(path) as f:
-        torch.save(state, f)
+        torch.save(canonical(state), f)
 
-# %% ../../nbs/core/05_files.ipynb #87aed9ad
+
+def canonical(state):
+    "Equal data in new containers, equal strings as one object: a pickle notes which objects are the same, so equal states need this to be equal files."
+    if isinstance(state, str):
+        return sys.intern(state)
+    if isinstance(state, dict):
+        return {canonical(k): canonical(v) for k, v in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(canonical(v) for v in state)
+    return state
+
+# %% ../../nbs/core/05_files.ipynb #b124f02c
 @contextmanager
 def _reading(path, kind, mend):
     path = Path(path)
@@ -150,11 +168,20 @@ def _reading(path, kind, mend):
         raise InputError(f"{path.name} cannot be read as {kind}: it is cut off, damaged, or something else", file=path, found=reason,
                          expected=kind, mend=mend) from e
 
+# %% ../../nbs/core/05_files.ipynb #9d1a9772
+def _once(pairs):
+    "The object of (key, value) pairs; Python's own reader would keep the last of two equal keys."
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(k for k, _ in pairs)
+        raise ValueError("keys stand twice: " + first_few(k for k, n in counts.items() if n > 1))
+    return found
+
 
 def read_json(path, mend="write it again with the stage that made it"):
-    "Plain data from JSON."
-    with _reading(path, "JSON", mend), open(path, encoding="utf-8") as f:
-        return json.load(f)
+    "Plain data from JSON. A key that stands twice is refused."
+    with _reading(path, "JSON", mend), open(path, encoding="utf-8-sig") as f:
+        return json.load(f, object_pairs_hook=_once)
 
 
 def read_parquet(path, columns=None, mend="write it again with the stage that made it"):
@@ -163,6 +190,11 @@ def read_parquet(path, columns=None, mend="write it again with the stage that ma
 
     with _reading(path, "parquet", mend):
         file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        twice = [c for c in dict.fromkeys(columns or names) if names.count(c) > 1]
+        if twice:
+            raise InputError("a column stands twice", file=path, column=", ".join(twice), found="columns " + ", ".join(names), expected="each name once",
+                             mend="rename one of them")
         missing = [c for c in columns or [] if c not in file.schema_arrow.names]
         if missing:
             raise InputError("a column is missing", file=path, column=", ".join(missing), found="columns " + ", ".join(file.schema_arrow.names),

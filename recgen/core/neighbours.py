@@ -56,7 +56,7 @@ def nearest_centres(
         distances[rows] += torch.linalg.vector_norm(part, dim=1).square_()
     return labels, distances.clamp_(min=0)
 
-# %% ../../nbs/core/03_neighbours.ipynb #73e67090
+# %% ../../nbs/core/03_neighbours.ipynb #eb2ea45a
 def top_k(
     scores,  # (B, C)
     k: int,  # columns kept, at most C
@@ -98,7 +98,7 @@ def nearest_neighbours(
     index, score = (torch.cat(parts) for parts in zip(*found, strict=True))
     return index, score if metric == "cosine" else (0 - score).clamp_(min=0)
 
-
+# %% ../../nbs/core/03_neighbours.ipynb #efcbeb96
 def _common_ground(queries, keys, metric):
     "Unit length for the cosine (a zero vector stays zero: similarity 0); a common origin for the distance."
     if metric == "cosine":

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['COLOURS', 'DASHES', 'DPI', 'new_figure', 'read_metrics', 'draw_curves', 'LivePlot', 'plot_tail']
 
-# %% ../../nbs/core/08_plots.ipynb #26df5cca
+# %% ../../nbs/core/08_plots.ipynb #7d1df33a
 import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 # %% ../../nbs/core/08_plots.ipynb #8f6d5c21
 COLOURS = ("#1b4f72", "#d35400", "#5d9c59", "#a569bd", "#7f8c8d")
@@ -34,7 +35,7 @@ def read_metrics(
     path = Path(folder) / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-# %% ../../nbs/core/08_plots.ipynb #cf36071e
+# %% ../../nbs/core/08_plots.ipynb #81454691
 def draw_curves(
     axes,  # one axes a group
     records: list,  # dicts with "epoch" and numbers
@@ -47,8 +48,9 @@ def draw_curves(
             points = [(r["epoch"], r[name]) for r in records if r.get(name) is not None]
             if points:
                 x, y = zip(*points, strict=True)
-                a.plot(x, y, DASHES[i % 4], color=COLOURS[i % 5], marker="o" if len(x) < 30 else None, markersize=3, label=name)
+                a.plot(x, y, DASHES[i % 4], color=COLOURS[i % 5], marker="o" if len(x) < 30 else None, markersize=3, label=name.rsplit("/", 1)[-1])
         a.set_title(title, fontsize=10)
+        a.xaxis.set_major_locator(MaxNLocator(integer=True))
         a.set_xlabel("epoch")
         a.spines[["top", "right"]].set_visible(False)
         a.grid(alpha=0.25, linewidth=0.6)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'UNHASHED', 'NOT_OUTPUTS', 'hash_manifest', 'hash_input', 'verify_file', 'git_state',
            'library_versions', 'differences', 'acquire', 'release', 'release_all', 'Run', 'make_writable', 'refusal',
-           'present_files', 'list_outputs', 'verify_outputs', 'clear_run', 'peak_memory_mb', 'open_log',
+           'present_files', 'list_outputs', 'damaged_outputs', 'clear_run', 'peak_memory_mb', 'open_log',
            'release_on_error']
 
 # %% ../../nbs/core/06_run.ipynb #4a43b7be
@@ -149,7 +149,7 @@ def release_all():
     for folder in list(_held):
         release(folder)
 
-# %% ../../nbs/core/06_run.ipynb #0b7bae1b
+# %% ../../nbs/core/06_run.ipynb #3bec48c5
 class Run:
     "A run folder: `path(name)`, `finished`, `log`, `finish(metrics)`. Use it in a notebook's cells, or as a context manager."
 
@@ -195,9 +195,12 @@ class Run:
         manifest, marker = self.folder / "manifest.json", self.folder / ".run.json"
         if manifest.exists():
             found = read_json(manifest)
-            if found.get("hash") == self.hash and not overwrite:
-                verify_outputs(self.folder, found)
+            damage = damaged_outputs(self.folder, found)
+            if found.get("hash") == self.hash and not damage:
                 return True
+            if found.get("hash") == self.hash and not overwrite:
+                raise RunError(f"the finished run in {self.folder} is damaged: {first_few(damage)} missing or changed since it was written\n"
+                               "  mend:     restore the files, or run with overwrite=True")
             if not overwrite:
                 raise RunError(refusal(self.folder, "is finished, with other parameters, inputs or code", found.get("identity", {}), self.identity))
             clear_run(self.folder, found.get("outputs", {}))
@@ -207,7 +210,7 @@ class Run:
             kept = found.get("kept", {})
             if found.get("hash") != self.hash and not overwrite:
                 raise RunError(refusal(self.folder, "holds an unfinished run with other parameters, inputs or code", found.get("identity", {}), self.identity))
-            if overwrite or not resume:
+            if found.get("hash") != self.hash or not resume:
                 clear_run(self.folder, {n for n in present_files(self.folder) if n not in kept})
         else:
             kept = present_files(self.folder)
@@ -275,7 +278,7 @@ class Run:
     def __repr__(self):
         return f"Run({shown(self.folder)}, {'finished' if self.finished else 'open'})"
 
-# %% ../../nbs/core/06_run.ipynb #7b6a2ec7
+# %% ../../nbs/core/06_run.ipynb #9ddc92f8
 def make_writable(folder: Path):
     "Make the folder and try a write; RunError says why it cannot be used."
     try:
@@ -306,11 +309,9 @@ def list_outputs(folder: Path, kept: dict) -> dict:
     return {n: {"sha256": sha256_file(folder / n), "bytes": size} for n, size in found.items()}
 
 
-def verify_outputs(folder: Path, manifest: dict):
-    "RunError names the files of a finished run that are gone or not what it wrote."
-    bad = [n for n, entry in manifest.get("outputs", {}).items() if not (folder / n).exists() or sha256_file(folder / n) != entry["sha256"]]
-    if bad:
-        raise RunError(f"the finished run in {folder} is damaged: {first_few(bad)} missing or changed since it was written\n  mend:     restore the files, or run with overwrite=True")
+def damaged_outputs(folder: Path, manifest: dict) -> list:
+    "Files of a finished run that are gone or not what it wrote."
+    return [n for n, entry in manifest.get("outputs", {}).items() if not (folder / n).exists() or sha256_file(folder / n) != entry["sha256"]]
 
 
 def clear_run(folder: Path, outputs):
@@ -318,7 +319,7 @@ def clear_run(folder: Path, outputs):
     for name in ["manifest.json", *outputs, "metrics.jsonl", *[p.relative_to(folder).as_posix() for p in folder.glob("checkpoints/*.pt")]]:
         (folder / name).unlink(missing_ok=True)
 
-
+# %% ../../nbs/core/06_run.ipynb #a1c51203
 def peak_memory_mb() -> float:
     "Largest resident memory of this process so far, in MiB."
     try:

@@ -105,7 +105,7 @@ class Best:
         self.waited += 1
         return False
 
-# %% ../../nbs/core/09_training.ipynb #30a961bc
+# %% ../../nbs/core/09_training.ipynb #a3899bb0
 class StopRequest:
     "Whether a signal asked to stop; the second Ctrl-C is not held back."
 
@@ -135,6 +135,7 @@ def watch_signals():
 def leave(number):
     "End as the signal meant: KeyboardInterrupt for SIGINT, the default death for SIGTERM."
     if number == signal.SIGTERM:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
     raise KeyboardInterrupt("stopped after a checkpoint: run the same again to go on")
 
@@ -220,7 +221,7 @@ def shard(
         return part, len(part) * world / len(batch)
     return batch[:1], 0.0  # an empty part still takes part in the averaging
 
-# %% ../../nbs/core/09_training.ipynb #c156508f
+# %% ../../nbs/core/09_training.ipynb #3eb428ed
 class Trainer:
     "One training: `run()` trains from the last checkpoint (or the start) to the end. See `fit`."
 
@@ -244,12 +245,12 @@ class Trainer:
 
     def run(self):
         "Train to the end. Returns self."
-        if self.folder:
-            self.restore()
         groups = self.groups(0)
         total = self.settings.epochs * len(groups)
         if not total:
             raise ParameterError("there is nothing to train on", column="epochs, batch_size", found=f"{self.settings.epochs} epochs of {len(groups)} batches")
+        if self.folder:
+            self.restore()
         warmup = self.settings.warmup_steps or int(self.settings.warmup_ratio * total)
         with watch_signals() as request:
             while self.position.epoch < self.settings.epochs and not self.position.stopped:
@@ -264,7 +265,7 @@ class Trainer:
     def epoch(self, request, total: int, warmup: int):
         "The rest of the epoch that runs, then its record, evaluation and checkpoint."
         p, groups, begun, saved = self.position, self.groups(self.position.epoch), time.perf_counter(), time.perf_counter()
-        loss_sum = torch.tensor(p.loss_sum, dtype=torch.float64, device=self.device if self.device.type != "mps" else "cpu")
+        loss_sum = torch.tensor(p.loss_sum if self.main else 0.0, dtype=torch.float64, device=self.device if self.device.type != "mps" else "cpu")
         self.model.train()
         for group in groups[p.group :]:
             factor = learning_rate_factor(p.step, total, warmup, self.settings.scheduler)
@@ -273,21 +274,33 @@ class Trainer:
             loss_sum += self.step(group)
             n = sum(len(b) for b in group)
             p.group, p.step, p.samples, p.loss_count, self.trained = p.group + 1, p.step + 1, p.samples + n, p.loss_count + n, self.trained + n
-            late = time.perf_counter() - saved > 60 * self.settings.save_minutes
-            if self.folder and (late or request.signal) and p.group < len(groups):
-                p.loss_sum = float(loss_sum)
+            late, stop = self.agreed(time.perf_counter() - saved > 60 * self.settings.save_minutes, request.signal)
+            if self.folder and (late or stop) and p.group < len(groups):
+                p.loss_sum = float(self.accelerator.reduce(loss_sum, "sum"))
                 self.save("last.pt")
                 saved = time.perf_counter()
-            if request.signal and p.group < len(groups):
-                leave(request.signal)
+            if stop and p.group < len(groups):
+                leave(stop)
         mean_loss = float(self.accelerator.reduce(loss_sum, "sum")) / p.loss_count
         self.seconds += time.perf_counter() - begun
         if not math.isfinite(mean_loss):
             raise RunError(f"the loss is {mean_loss} in epoch {p.epoch + 1}: lower the learning rate, or train in float32")
         p.epoch, p.group, p.loss_sum, p.loss_count = p.epoch + 1, 0, 0.0, 0
         self.close_epoch({"epoch": p.epoch, "step": p.step, "loss": mean_loss, "learning_rate": self.settings.learning_rate * factor})
-        if request.signal:
-            leave(request.signal)
+        _, stop = self.agreed(False, request.signal, always=True)
+        if stop:
+            leave(stop)
+
+    def agreed(self, late: bool, number, always: bool = False):
+        "The same for all processes, which must save and leave together: is it late, which signal came. Asked every 8th step, as the answer waits for all."
+        if self.world == 1:
+            return late, number
+        if not always and self.position.step % 8:
+            return False, None
+        wishes = torch.tensor([int(late), int(number or 0)], device=self.device)
+        torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX)
+        late, number = wishes.tolist()
+        return bool(late), number or None
 
     def step(self, group):
         "One optimizer step over a group of batches. Returns the sum of this process's sample losses."
@@ -378,7 +391,7 @@ class Trainer:
             self.module.load_state_dict(read_torch(path)["model"])
         return self.module.eval()
 
-
+# %% ../../nbs/core/09_training.ipynb #fd6b4467
 def log_line(record: dict) -> str:
     "`Epoch 3: Loss=1.2345, name=0.0567`."
     rest = [f"{k}={v:.4f}" for k, v in record.items() if isinstance(v, float) and k not in ("loss", "learning_rate")]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EvaluationResult', 'per_user_table', 'repeat_share', 'evaluate_scores', 'tuple_metrics', 'evaluate_lists',
-           'evaluate_tuples', 'figures', 'check_comparable', 'ResultTable', 'result_table']
+           'evaluate_tuples', 'figures', 'check_comparable', 'ResultTable', 'figure_cell', 'result_table']
 
 # %% ../../nbs/evaluation/05_evaluator.ipynb #3abd9fd4
 from dataclasses import dataclass, field
@@ -183,7 +183,7 @@ def check_comparable(results: dict):
                              found=f"{name}: {len(other.per_user)} users", mend="evaluate both on the same cases",
                              expected=f"the {len(asked)} users and targets of {first_name}, in the same order")
 
-# %% ../../nbs/evaluation/05_evaluator.ipynb #eea7731d
+# %% ../../nbs/evaluation/05_evaluator.ipynb #f9324168
 class ResultTable(pd.DataFrame):
     "A DataFrame, one row a model, that displays itself in short."
 
@@ -191,17 +191,24 @@ class ResultTable(pd.DataFrame):
         return None  # so that the markdown below is what a notebook shows
 
     def _repr_markdown_(self):
-        figures = [c for c in self.columns if f"{c}/low" in self.columns]
-        others = [c for c in self.columns if c not in figures and not c.endswith(("/low", "/high")) and c not in ("path", "users", "leaky")]
-        lines = ["| model | path | " + " | ".join(figures + others) + " |", "|---|---|" + "---:|" * len(figures + others)]
-        best = self[self.leaky == ""][figures].max()
-        for name, row in self.iterrows():
-            cells = [f"{row[c]:.4f} [{row[c + '/low']:.4f}, {row[c + '/high']:.4f}]" for c in figures]
-            cells = [f"**{t[:6]}**{t[6:]}" if row[c] == best.get(c) and not row.leaky else t for c, t in zip(figures, cells, strict=True)]
-            cells += ["" if pd.isna(row[c]) else f"{row[c]:.3f}" for c in others]
-            label = f"{name} (not comparable: knows {row.leaky})" if row.leaky else str(name)
-            lines.append(f"| {label} | {row.path} | " + " | ".join(cells) + " |")
+        figures = [c.split("/", 1)[1] for c in self.columns if c.startswith("filtered/") and f"{c}/low" in self.columns]
+        others = [c for c in self.columns if not c.startswith(("filtered/", "unfiltered/")) and c not in ("path", "users", "leaky")]
+        lines = ["| history | model | path | " + " | ".join(figures + others) + " |", "|---|---|---|" + "---:|" * len(figures + others)]
+        for variant in ("filtered", "unfiltered"):
+            best = self[self.leaky == ""][[f"{variant}/{f}" for f in figures]].max()
+            own = [c for c in others if ("unfiltered" in c) == (variant == "unfiltered")]
+            for name, row in self.iterrows():
+                cells = [figure_cell(row, f"{variant}/{f}", row[f"{variant}/{f}"] == best[f"{variant}/{f}"] and not row.leaky) for f in figures]
+                cells += [f"{row[c]:.3f}" if c in own and not pd.isna(row[c]) else "" for c in others]
+                label = f"{name} (not comparable: knows {row.leaky})" if row.leaky else str(name)
+                lines.append(f"| {variant} | {label} | {row.path} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
+
+
+def figure_cell(row, column: str, best: bool) -> str:
+    "`.0703 [.0670, .0739]`, the best of its column in bold."
+    value, low, high = (f"{row[c]:.4f}".replace("0.", ".", 1) for c in (column, f"{column}/low", f"{column}/high"))
+    return f"**{value}** [{low}, {high}]" if best else f"{value} [{low}, {high}]"
 
 
 def result_table(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SemanticIDs', 'check_codes', 'code_matrix', 'load_json', 'load_parquet', 'check_item_ids']
 
-# %% ../../nbs/formats/03_semantic_ids.ipynb #293687c4
+# %% ../../nbs/formats/03_semantic_ids.ipynb #928b5c51
 import re
 from pathlib import Path
 
@@ -18,9 +18,10 @@ import torch
 from ..core.errors import InputError
 from ..core.files import read_json, read_parquet, write_json, write_parquet
 from ..core.run import verify_file
+from .embeddings import is_list
 from .trie import Trie, lexicographic_order, prefix_nodes
 
-# %% ../../nbs/formats/03_semantic_ids.ipynb #30f35411
+# %% ../../nbs/formats/03_semantic_ids.ipynb #4b1de593
 class SemanticIDs:
     "Codes of items, ascending by item id, and the way back."
 
@@ -32,15 +33,14 @@ class SemanticIDs:
         raw_codes=None,  # (N, L') codes before collisions were resolved, if known
         file=None,  # for messages
     ):
-        item_ids, codes = torch.as_tensor(np.array(item_ids), dtype=torch.int64), torch.as_tensor(codes, dtype=torch.int64)
+        item_ids = torch.as_tensor(item_ids if torch.is_tensor(item_ids) else np.array(item_ids)).long()
+        codes = torch.as_tensor(codes, dtype=torch.int64)
         sizes = [int(s) for s in (sizes if sizes is not None else codes.max(0).values + 1)] if codes.numel() else list(sizes or [])
         check_codes(item_ids, codes, sizes, file)
         order = torch.argsort(item_ids, stable=True)
         self.item_ids, self._codes, self.sizes = item_ids[order], codes[order], sizes
         self.raw_codes = torch.as_tensor(raw_codes, dtype=torch.int64)[order] if raw_codes is not None else self._codes
         self.offsets = torch.tensor([1, *np.cumsum(sizes)[:-1] + 1])  # first token of each level
-        self._row = torch.full((int(self.item_ids.max()) + 1,), -1)
-        self._row[self.item_ids] = torch.arange(len(self.item_ids))
 
     def __len__(self):
         return len(self.item_ids)
@@ -59,9 +59,10 @@ class SemanticIDs:
         if item_ids is None:
             return self._codes
         item_ids = torch.as_tensor(item_ids)
-        row = torch.where((item_ids > 0) & (item_ids < len(self._row)), self._row[item_ids.clamp(0, len(self._row) - 1)], -1)
-        if (row < 0).any():
-            raise InputError("items have no semantic ID", rows=item_ids[row < 0].unique().tolist(), mend="run 03_tokenizer on this catalogue")
+        row = torch.searchsorted(self.item_ids, item_ids).clamp(max=len(self) - 1)
+        absent = self.item_ids[row] != item_ids
+        if absent.any():
+            raise InputError("items have no semantic ID", rows=item_ids[absent].unique().tolist(), mend="run 03_tokenizer on this catalogue")
         return self._codes[row]
 
     def tokens(self, item_ids=None):
@@ -138,18 +139,22 @@ class SemanticIDs:
     def __repr__(self):
         return f"SemanticIDs({len(self):,} items, {self.n_levels} levels of {self.sizes}, {len(self.groups().unique()):,} distinct)"
 
-# %% ../../nbs/formats/03_semantic_ids.ipynb #8d11c7d7
+# %% ../../nbs/formats/03_semantic_ids.ipynb #702e2a40
 def check_codes(item_ids, codes, sizes, file=None):
     "InputError unless ids are positive and unique, and every code lies inside its codebook."
     if codes.ndim != 2 or not codes.numel() or len(item_ids) != len(codes):
-        raise InputError("there are no codes", file=file, found=f"{len(item_ids)} ids, codes of shape {tuple(codes.shape)}", expected="a row of codes for each item")
+        raise InputError("there are no codes", file=file, found=f"{len(item_ids)} ids, codes of shape {tuple(codes.shape)}", expected="a row of codes for each item",
+                         mend="run 03_tokenizer again")
     if (item_ids < 1).any():
-        raise InputError("item ids are not whole numbers from 1", file=file, column="item_id", rows=item_ids[item_ids < 1].tolist())
+        raise InputError("item ids are not whole numbers from 1", file=file, column="item_id", rows=(item_ids < 1).nonzero()[:, 0].tolist(),
+                         found=int(item_ids[item_ids < 1][0]), expected="whole numbers from 1 (0 is padding)", mend="number the items from 1")
     unique, counts = item_ids.unique(return_counts=True)
     if (counts > 1).any():
-        raise InputError("items have two semantic IDs", file=file, column="item_id", rows=[f"item {i}" for i in unique[counts > 1].tolist()], expected="each item once")
+        raise InputError("items have two semantic IDs", file=file, column="item_id", rows=[f"item {i}" for i in unique[counts > 1].tolist()],
+                         found=f"{int((counts > 1).sum())} such items", expected="each item once", mend="run 03_tokenizer again")
     if len(sizes) != codes.shape[1]:
-        raise InputError("codes have another number of levels than there are codebooks", file=file, column="codes", found=codes.shape[1], expected=len(sizes))
+        raise InputError("codes have another number of levels than there are codebooks", file=file, column="codes", found=codes.shape[1], expected=len(sizes),
+                         mend="take codes and codebooks from one run")
     outside = (codes < 0) | (codes >= torch.tensor(sizes))
     if outside.any():
         row, level = (int(x) for x in outside.nonzero()[0])
@@ -165,32 +170,37 @@ def code_matrix(
 ):  # (N, L) int64
     "Equally long lists of whole numbers as a tensor. InputError names the items whose lists differ."
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if not (pa.types.is_list(column.type) and pa.types.is_integer(column.type.value_type)):
-        raise InputError("codes are not lists of whole numbers", file=file, column=name, found=str(column.type), expected="a list of whole numbers for each item")
+    if not (is_list(column.type) and pa.types.is_integer(column.type.value_type)):
+        raise InputError("codes are not lists of whole numbers", file=file, column=name, found=str(column.type), expected="a list of whole numbers for each item",
+                         mend="run 03_tokenizer again, or write the codes as lists of int64")
     lengths = np.asarray(pc.fill_null(pc.list_value_length(column), -1))
     usual = np.bincount(lengths[lengths > 0]).argmax() if (lengths > 0).any() else 0
     odd = lengths != usual
     if odd.any():
         raise InputError("semantic IDs have different numbers of levels", file=file, column=name, rows=[f"item {i}" for i in np.asarray(ids)[odd]],
-                         found=f"lengths {sorted(set(lengths[odd].tolist()))[:5]}", expected=f"{usual} codes, as other items have")
+                         found=f"lengths {sorted(set(lengths[odd].tolist()))[:5]} (-1: no codes)", expected=f"{usual} codes, as other items have", mend="run 03_tokenizer again")
     flat = pc.list_flatten(column)
     if flat.null_count:
-        raise InputError("a code is missing", file=file, column=name, expected="whole numbers from 0")
+        missing = np.flatnonzero(flat.is_null()) // usual
+        raise InputError("a code is missing", file=file, column=name, rows=[f"item {np.asarray(ids)[i]}" for i in np.unique(missing)], found="null",
+                         expected="whole numbers from 0", mend="run 03_tokenizer again")
     return torch.from_numpy(np.asarray(flat).astype(np.int64).reshape(len(column), usual))
 
-# %% ../../nbs/formats/03_semantic_ids.ipynb #73988b7f
+# %% ../../nbs/formats/03_semantic_ids.ipynb #4680e0bf
 def load_json(cls, file):
     'The original\'s format: {"<ItemID>": [c1, c2, …]}. Codebook sizes are the largest codes + 1.'
     table = read_json(file, mend="run 03_tokenizer again")
     if not isinstance(table, dict) or not table:
         raise InputError("this is not a table of semantic IDs", file=file, expected='{"<ItemID>": [c1, c2, …], …}')
-    bad = [k for k in table if not re.fullmatch(r"[0-9]+", k)]
+    bad = [k for k in table if not re.fullmatch(r"[0-9]{1,15}", k)]
     if bad:
-        raise InputError("item ids are not whole numbers", file=file, rows=bad, expected='keys such as "17"')
+        raise InputError("item ids are not whole numbers", file=file, column="the keys", rows=bad, found=f"{len(bad)} such keys", expected='keys such as "17"',
+                         mend="use the item_id of items.parquet")
     try:
         column = pa.array(list(table.values()))
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as e:
-        raise InputError("codes are not lists of whole numbers", file=file, found=str(e)[:120], expected='{"<ItemID>": [c1, c2, …], …}') from e
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as e:
+        raise InputError("codes are not lists of whole numbers", file=file, column="codes", found=str(e)[:120], expected='{"<ItemID>": [c1, c2, …], …}',
+                         mend="run 03_tokenizer again") from e
     return cls([int(k) for k in table], code_matrix(column, list(table), file), file=file)
 
 
@@ -198,14 +208,18 @@ def load_parquet(cls, file):
     "semantic_ids.parquet, whose metadata carries the codebook sizes."
     table = read_parquet(file, ["item_id", "codes"], mend="run 03_tokenizer again")
     schema = pq.read_schema(file)
-    sizes = (schema.metadata or {}).get(b"codebook_sizes")
+    sizes = (schema.metadata or {}).get(b"codebook_sizes", b"").decode(errors="replace")
+    if not re.fullmatch(r"|[1-9][0-9]{0,14}(,[1-9][0-9]{0,14})*", sizes):
+        raise InputError("the codebook sizes cannot be read", file=file, column="metadata codebook_sizes", found=sizes[:80], expected='such as "256,256,256,12"',
+                         mend="run 03_tokenizer again")
     ids = check_item_ids(table["item_id"], file)
     raw = code_matrix(read_parquet(file, ["raw_codes"])["raw_codes"], ids, file, "raw_codes") if "raw_codes" in schema.names else None
-    return cls(ids, code_matrix(table["codes"], ids, file), [int(s) for s in sizes.decode().split(",")] if sizes else None, raw, file=file)
+    return cls(ids, code_matrix(table["codes"], ids, file), [int(s) for s in sizes.split(",")] if sizes else None, raw, file=file)
 
 
 def check_item_ids(column, file):
     "Whole numbers as (N,) numpy, or InputError."
-    if not pa.types.is_integer(column.type) or column.null_count:
-        raise InputError("item ids are not whole numbers", file=file, column="item_id", found=f"{column.type}, {column.null_count} missing", expected="int64 without gaps")
+    if not pa.types.is_integer(column.type) or column.null_count or (len(column) and pc.max(column).as_py() > 2**53):
+        raise InputError("item ids are not whole numbers", file=file, column="item_id", found=f"{column.type}, {column.null_count} missing, largest {pc.max(column)}",
+                         expected="int64, none missing", mend="use the item_id of items.parquet")
     return column.to_numpy()

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['DENSE_LIMIT', 'lexicographic_order', 'prefix_nodes', 'Trie']
 
-# %% ../../nbs/formats/02_trie.ipynb #8cfa6b23
+# %% ../../nbs/formats/02_trie.ipynb #47bb9d78
+from functools import cached_property
+
 import torch
 
 # %% ../../nbs/formats/02_trie.ipynb #2b3149f9
@@ -28,7 +30,7 @@ def prefix_nodes(
     new = torch.cat([new.new_zeros(1, codes.shape[1]), new]).cumsum(1) > 0
     return new.long().cumsum(0)
 
-# %% ../../nbs/formats/02_trie.ipynb #55003277
+# %% ../../nbs/formats/02_trie.ipynb #991cf693
 class Trie:
     "Prefix tree of a catalogue's codes, as arrays. Node numbers are per level; level 0 is the root, level L the leaves."
 
@@ -57,10 +59,15 @@ class Trie:
         self.leaf_starts = torch.cat([codes.new_zeros(1), self.count[-1].cumsum(0)])  # items of a leaf
         first = self.leaf_starts[:-1]
         self.ancestors = torch.stack([r[first] for r in rows], 1) if len(codes) else codes.new_zeros(0, self.n_levels + 1)  # (leaves, L + 1)
-        self.leaf_of_item = codes.new_full((int(self.items.max()) + 1 if len(codes) else 1,), -1)
-        self.leaf_of_item[self.items] = rows[-1]
         self.width = [int(s.diff().max()) if len(s) > 1 and len(codes) else 0 for s in self.starts]  # most children of a node
         self.dense = [self._dense_table(level) for level in range(min(2, self.n_levels))]
+
+    @cached_property
+    def leaf_of_item(self):
+        "(largest item id + 1,) leaf of each item, −1 where there is none."
+        leaf = self.items.new_full((int(self.items.max()) + 1 if len(self.items) else 1,), -1)
+        leaf[self.items] = torch.repeat_interleave(torch.arange(self.n_nodes[-1], device=leaf.device), self.count[-1])
+        return leaf
 
     def _dense_table(self, level: int):
         "(nodes, K) child or −1; None where that would be too large."
@@ -87,6 +94,8 @@ class Trie:
 
     def find(self, codes):
         "Leaf of each row of codes (B, L), or −1 where no item has them."
+        if not len(self.items):
+            return codes.new_full((len(codes),), -1)
         node = codes.new_zeros(len(codes))
         for level in range(self.n_levels):
             legal_codes, child = self.children(level, node.clamp(min=0))

@@ -24,18 +24,22 @@ from .sequences import history_tokens, token_table
 from .training import length_blocks
 from .transformer import Tiger
 
-# %% ../../nbs/retrieval/04_recommender.ipynb #23964d61
+# %% ../../nbs/retrieval/04_recommender.ipynb #557ed470
 def known_histories(
     histories,  # one list of items a user
     index: dict,  # {raw id: item id}, or None when histories hold item ids
     n_items: int,
 ):  # Ragged of item ids, number of entries dropped
-    "Histories as item ids, without what the catalogue does not have."
-    rows = [[index.get(str(v), 0) for v in h] if index is not None else [int(v) for v in h] for h in histories]
+    "Histories as item ids, without what the catalogue does not have. InputError where they are something else."
+    try:
+        rows = [[index.get(str(v), 0) for v in h] if index is not None else [int(v) for v in h] for h in histories]
+    except (TypeError, ValueError) as e:
+        raise InputError("histories do not hold item ids", found=str(e)[:80], expected="one list of whole numbers a user",
+                         mend="raw=True where they hold raw ids; [history] for a single user") from e
     kept = [[v for v in r if 1 <= v <= n_items] for r in rows]
     return Ragged.from_lists(kept), sum(map(len, rows)) - sum(map(len, kept))
 
-# %% ../../nbs/retrieval/04_recommender.ipynb #2a49d667
+# %% ../../nbs/retrieval/04_recommender.ipynb #f8e635bb
 class Recommender:
     "Recommendations from a trained TIGER. `Recommender.load(run_folder).recommend(histories, k)`."
 
@@ -56,7 +60,9 @@ class Recommender:
         semantic_ids = SemanticIDs.load(run)
         items = read_parquet(verify_file(run / "items.parquet")).to_pandas()
         if model.config.sizes != semantic_ids.sizes:
-            raise InputError("the model and the semantic IDs do not belong together", file=run, found=f"model {model.config.sizes}, IDs {semantic_ids.sizes}")
+            raise InputError("the model and the semantic IDs do not belong together", file=run, found=f"model {model.config.sizes}, IDs {semantic_ids.sizes}",
+                             expected="equal codebook sizes", mend="load the run folder as 04_tiger wrote it")
+        semantic_ids.check_coverage(torch.tensor(items["item_id"].to_numpy()), run)
         return cls(model, semantic_ids, items, resolve_device(device), beams)
 
     def recommend(
@@ -71,6 +77,8 @@ class Recommender:
         block: int = 256,  # users at once
     ) -> pd.DataFrame:  # user, rank, item_id, raw_id, title, score
         "The best k items of each user, filters applied inside the search; fewer rows where fewer items are legal."
+        if k < 1:
+            raise InputError("there is nothing to recommend", column="k", found=k, expected="at least 1")
         history, dropped = known_histories(histories, self.raw_index() if raw else None, len(self.items))
         if dropped:
             warnings.warn(f"{dropped} history entries are not in the catalogue and were left out", stacklevel=2)

@@ -19,7 +19,7 @@ from .beam import Seen, beam_search, exact_scores
 from .sequences import PrefixSamples, history_tokens
 from .transformer import Tiger, TigerConfig, codes_loss
 
-# %% ../../nbs/retrieval/03_training.ipynb #4c653086
+# %% ../../nbs/retrieval/03_training.ipynb #4f1f3d6f
 EXACT_LIMIT = 2000  # items: up to here `auto` scores the whole catalogue
 
 
@@ -64,7 +64,7 @@ def rank_exactly(model, tokens, trie, history, targets, n_items, beams, k):
     "From the scores of the whole catalogue."
     scores = exact_scores(model, tokens, trie, n_items)
     items, values = top_lists(scores, k)
-    kept, kept_values = top_lists(scores, k, history)
+    kept, kept_values = top_lists(scores, k, without(history, targets))
     return {"rank": rank_from_scores(scores, targets), "rank_filtered": rank_from_scores(scores, targets, history), "items": items, "scores": values,
             "filtered_items": kept, "filtered_scores": kept_values, "certified": torch.ones(len(items), dtype=torch.bool)}
 

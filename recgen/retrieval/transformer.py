@@ -6,7 +6,7 @@
 __all__ = ['TigerConfig', 'RMSNorm', 'distance_buckets', 'RelativeBias', 'Attention', 'FeedForward', 'EncoderLayer',
            'DecoderLayer', 'Tiger', 'codes_loss', 'initialise', 'count_parameters']
 
-# %% ../../nbs/retrieval/01_transformer.ipynb #7eca72e6
+# %% ../../nbs/retrieval/01_transformer.ipynb #cf480172
 import math
 from dataclasses import asdict, dataclass, field
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core.errors import InputError
+from ..core.errors import InputError, first_few
 from ..core.files import read_torch
 
 # %% ../../nbs/retrieval/01_transformer.ipynb #5f61fc66
@@ -145,7 +145,7 @@ class DecoderLayer(nn.Module):
         x = x + self.drop(self.cross_attention.attend(self.norm2(x), *cross_kv, cross_mask))
         return x + self.drop(self.ff(self.norm3(x)))
 
-# %% ../../nbs/retrieval/01_transformer.ipynb #cf5a86f7
+# %% ../../nbs/retrieval/01_transformer.ipynb #ef3747eb
 class Tiger(nn.Module):
     "Encoder–decoder over semantic-ID tokens. `codes_loss(model(history, codes), codes)` trains it; `retrieval.beam` decodes with it."
 
@@ -213,12 +213,13 @@ class Tiger(nn.Module):
     def load_from_checkpoint(cls, path):
         "From model.pt, or any checkpoint that holds `config` and `model`. InputError for a checkpoint of something else."
         state = read_torch(path, mend="run 04_tiger again")
-        if "config" not in state or "model" not in state:
-            raise InputError("this is not a checkpoint of a TIGER model", file=path, found="keys " + ", ".join(map(str, state)), expected="config, model")
+        if not isinstance(state, dict) or not isinstance(state.get("config"), dict) or "model" not in state:
+            found = "keys " + first_few(state) if isinstance(state, dict) else type(state).__name__
+            raise InputError("this is not a checkpoint of a TIGER model", file=path, found=found, expected="config, model", mend="give the model.pt of a run of 04_tiger")
         try:
             model = cls(TigerConfig(**state["config"]))
             model.load_state_dict(state["model"])
-        except (TypeError, RuntimeError) as e:
+        except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
             raise InputError("the checkpoint is of another model", file=path, found=str(e).splitlines()[0][:200], mend="load it with the recgen that wrote it") from e
         return model.eval()
 

@@ -176,7 +176,7 @@ def consult_oracle(law: Law, items, lengths, states, ring):
                    log_likelihood_per_purchase=float(loglik.sum() / (lengths[:n] - 1).sum()))
     return tables, dict(next_item=figures)
 
-# %% ../../nbs/sources/00_world.ipynb #8cdc1736
+# %% ../../nbs/sources/00_world.ipynb #0428ceb5
 @dataclass(frozen=True)
 class World:
     "A dataset folder's tables in memory, and the answers to them."
@@ -198,7 +198,7 @@ class World:
         s = self.settings
         return f"World({s.n_users} users, {s.n_items} items, {len(self.interactions)} interactions, seed {s.seed})"
 
-
+# %% ../../nbs/sources/00_world.ipynb #4ce10f7e
 def item_tables(settings: WorldSettings, catalogue: Catalogue):
     "Item table, item vectors, and the integer image vectors that clicks compare."
     seed, ids = settings.seed, np.arange(1, settings.n_items + 1)

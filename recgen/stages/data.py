@@ -109,11 +109,11 @@ def world_parts(n_users: int, n_items: int, seed: int) -> dict:
     return {"interactions": world.interactions, "items": world.items, "users": world.users, "relations": world.relations, "item_emb": world.item_emb,
             "impressions": world.impressions, "oracle": world.oracle, "oracle_tables": world.oracle_tables}
 
-# %% ../../nbs/00_data.ipynb #806f76ba
+# %% ../../nbs/00_data.ipynb #fc5bdbec
 def build_dataset(parts: dict, name: str, tie_policy: str) -> Dataset:
     "The parts as a checked dataset, split leave-one-out."
     info = {"name": name, "tie_policy": tie_policy, "split": LEAVE_ONE_OUT}
-    return Dataset(parts["interactions"], parts["items"], info, parts.get("users"))
+    return Dataset(parts["interactions"], parts["items"], info, parts.get("users"), source=parts.get("file"))
 
 
 def save_parts(folder: Path, dataset: Dataset, parts: dict, info: dict) -> dict:
@@ -155,5 +155,5 @@ def sample_histories(dataset: Dataset, n: int = 3, longest: int = 6) -> pd.DataF
     return pd.DataFrame({"user": out["user_id"], "position": out["position"], "title": out["item_id"].map(titles).str.slice(0, 70),
                          "part": out["split"].map(lambda s: part.get(s, ("train", "valid")[min(s, 1)]))}).reset_index(drop=True)
 
-# %% ../../nbs/00_data.ipynb #e941ee1c
-RULES = {"tie_policy": one_of("given", "hash"), "k_core": at_least(0), "n_users": at_least(50), "n_items": at_least(50), "log_level": one_of("DEBUG", "INFO", "WARNING", "ERROR")}
+# %% ../../nbs/00_data.ipynb #a8e16e52
+RULES = {"tie_policy": one_of("given", "hash"), "k_core": at_least(0), "n_users": at_least(50), "n_items": at_least(50), "seed": at_least(0), "log_level": one_of("DEBUG", "INFO", "WARNING", "ERROR")}

@@ -4,29 +4,33 @@
 
 # %% auto #0
 __all__ = ['RULES', 'ALIASES', 'planted_ids', 'read_inputs', 'read_oracle', 'train', 'evaluate_tiger', 'evaluate_baselines',
-           'add_context', 'save_results', 'show_recommendations', 'model_config', 'train_settings']
+           'train_counts', 'add_context', 'save_results', 'show_recommendations', 'model_config', 'train_settings']
 
-# %% ../../nbs/04_tiger.ipynb #0b705f03
+# %% ../../nbs/04_tiger.ipynb #1583b283
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
 
+from ..core.device import generator
 from ..core.errors import InputError
 from ..core.files import read_tensors, resolve, write_parquet, write_torch
 from ..core.params import at_least, between, one_of
+from ..core.ragged import padding_share
 from ..core.run import verify_file
 from ..core.training import TrainSettings, launch
 from ..evaluation.baselines import ItemKNN, Popularity
 from ..evaluation.ceiling import aligned_rows, ceiling_share
 from ..evaluation.evaluator import evaluate_lists, evaluate_scores, per_user_table, result_table
 from ..evaluation.protocol import cases_from_dataset, check_no_leakage, check_provenance
+from ..evaluation.ranking import drop_seen
 from ..evaluation.slices import catalogue_metrics, slice_table
 from ..formats.dataset import LEAVE_ONE_OUT, Dataset
 from ..formats.semantic_ids import SemanticIDs
 from ..retrieval.recommender import Recommender
 from ..retrieval.sequences import token_table
-from ..retrieval.training import choose_path, rank_cases, train_tiger
+from ..retrieval.training import rank_cases, train_tiger
 from ..retrieval.transformer import Tiger, TigerConfig
 from ..sources.world import make_world
 from ..tokens.collisions import resolve as resolve_collisions
@@ -63,7 +67,7 @@ def read_oracle(folder: Path):
     path = folder / "oracle" / "next_item.safetensors"
     return read_tensors(verify_file(path)) if path.exists() else None
 
-# %% ../../nbs/04_tiger.ipynb #c575b62b
+# %% ../../nbs/04_tiger.ipynb #aee881dc
 def train(dataset: Dataset, ids: SemanticIDs, config: TigerConfig, settings: TrainSettings, valid_users: int, path: str, beams: int, num_processes: int,
           folder: Path, fingerprint: dict, log=None, live=None) -> dict:
     "Train on the dataset's training sequences and write model.pt, the best model on validation. Returns facts about the training."
@@ -72,14 +76,16 @@ def train(dataset: Dataset, ids: SemanticIDs, config: TigerConfig, settings: Tra
     args = (config, settings, dataset.train_sequences(), token_table(ids, dataset.n_items), ids.to_trie(), valid, path, beams, folder, fingerprint)
     if num_processes > 1:
         launch(train_tiger, args, num_processes)
-    # one process trains; after several, this finds the finished checkpoint and only loads it
+        args = (config, replace(settings, resume=True), *args[2:])  # the others have trained: this process only loads their last checkpoint
     trainer = train_tiger(*args, log, live)
     model = trainer.load_best()
     write_torch(folder / "model.pt", model.state())
-    facts = {"best_epoch": trainer.best.epoch, "best_value": trainer.best.value, "epochs": trainer.position.epoch, "samples": trainer.position.samples}
+    samples = trainer.task.samples
+    padding = padding_share(samples.lengths, samples.batches(settings.batch_size, generator(settings.seed, 0)))
+    facts = {"padding_share": padding, "best_epoch": trainer.best.epoch, "best_value": trainer.best.value, "epochs": trainer.position.epoch, "samples": trainer.position.samples}
     return facts | {"samples_per_second": round(trainer.trained / trainer.seconds, 1) if trainer.seconds else None}
 
-# %% ../../nbs/04_tiger.ipynb #866fcf07
+# %% ../../nbs/04_tiger.ipynb #e4b91698
 def evaluate_tiger(model: Tiger, dataset: Dataset, ids: SemanticIDs, cases, path: str, beams: int):
     "EvaluationResult of the model on cases, and the ranked lists and times it came from."
     device = next(model.parameters()).device
@@ -102,27 +108,32 @@ def evaluate_baselines(dataset: Dataset, cases) -> dict:
     return results
 
 
+def train_counts(dataset: Dataset):
+    "(N + 1,) training interactions of every item; 0 for padding."
+    return torch.bincount(torch.tensor(dataset.train_interactions()["item_id"].to_numpy()), minlength=dataset.n_items + 1)
+
+
 def add_context(results: dict, dataset: Dataset, cases, oracle):
     "Coverage, concentration and novelty of every result; on the world also its share of the ceiling."
-    counts = dataset.train_interactions()["item_id"].value_counts().reindex(range(dataset.n_items + 1), fill_value=0).to_numpy()
     for result in results.values():
-        result.extra |= catalogue_metrics(result.lists, torch.tensor(counts), 10, cases.split)
+        result.extra |= catalogue_metrics(result.lists, train_counts(dataset), 10, cases.split)
         if oracle is not None:
             known = torch.isin(cases.users, oracle["user_id"])
             rows = aligned_rows(oracle["user_id"], cases.users[known])
             result.extra[f"{cases.split}/share_of_ceiling@10"] = ceiling_share(oracle["probability"][rows], result.lists[known], 10)
 
-# %% ../../nbs/04_tiger.ipynb #fcdc15c4
-def save_results(folder: Path, results: dict, found: dict, cases, recommender: Recommender, counts) -> dict:
+# %% ../../nbs/04_tiger.ipynb #3e2cda65
+def save_results(folder: Path, results: dict, found: dict, cases, dataset: Dataset, recommender: Recommender) -> dict:
     "Write what the evaluation found. Returns the manifest's metrics: TIGER's under their own names, the baselines' under baseline/<name>/."
     tiger = results["TIGER"]
     write_parquet(folder / "per_user.parquet", tiger.per_user)
     for name in results.keys() - {"TIGER"}:
         write_parquet(folder / f"per_user_{name}.parquet", results[name].per_user)
-    lists = recommender.lists_to_frame(found["filtered_items"][:, :10], found["filtered_scores"][:, :10], cases.users.numpy())
+    items, scores = drop_seen(found["filtered_items"], cases.history, scores=found["filtered_scores"])  # a target that was had before is ranked, not offered
+    lists = recommender.lists_to_frame(items[:, :10], scores[:, :10], cases.users.numpy())
     write_parquet(folder / "recommendations.parquet", lists.rename(columns={"user": "user_id"}))
     write_parquet(folder / "results.parquet", pd.DataFrame(result_table(results)).reset_index())
-    write_parquet(folder / "slices.parquet", pd.concat([slice_table(r.per_user, cases, counts).assign(model=n) for n, r in results.items()]).reset_index())
+    write_parquet(folder / "slices.parquet", pd.concat([slice_table(r.per_user, cases, train_counts(dataset)).assign(model=n) for n, r in results.items()]).reset_index())
     return tiger.metrics | {f"baseline/{name}/{k}": v for name, r in results.items() if name != "TIGER" for k, v in r.metrics.items()}
 
 # %% ../../nbs/04_tiger.ipynb #24e44931
@@ -140,9 +151,11 @@ def show_recommendations(lists: pd.DataFrame, cases, items: pd.DataFrame, n_user
                          "took next": title[target] if r == 0 else ""})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/04_tiger.ipynb #cc2b966b
+# %% ../../nbs/04_tiger.ipynb #67654eab
 RULES = {
-    "n_layers": at_least(2), "num_heads": at_least(1), "dropout": between(0, 0.9), "max_history": at_least(1), "epochs": at_least(1), "batch_size": at_least(1),
+    **{name: at_least(1) for name in ("embedding_dim", "attn_dim", "ff_dim", "num_heads")},
+    **{name: at_least(0) for name in ("learning_rate", "weight_decay", "grad_clip", "warmup_steps", "early_stop_patience", "early_stop_min_delta", "save_every", "seed")},
+    "n_layers": at_least(2), "dropout": between(0, 0.9), "max_history": at_least(1), "epochs": at_least(1), "batch_size": at_least(1),
     "precision": one_of("no", "bf16", "fp16"), "scheduler": one_of("constant", "linear", "cosine", "inverse_sqrt"), "path": one_of("auto", "exact", "beam"),
     "beams": at_least(20), "eval_every": at_least(1), "valid_users": at_least(1), "num_processes": at_least(1), "gradient_accumulate_every": at_least(1),
     "log_level": one_of("DEBUG", "INFO", "WARNING", "ERROR"),

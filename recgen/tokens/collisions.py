@@ -167,7 +167,7 @@ def spill(
     left[rows[gone]] = True
     return left
 
-# %% ../../nbs/tokens/01_collisions.ipynb #4f1d76d5
+# %% ../../nbs/tokens/01_collisions.ipynb #e9bbaeff
 @dataclass
 class Resolution:
     "Codes after collisions were resolved, and what that took."
@@ -201,7 +201,7 @@ def _by_nearest(codes, vectors, codebooks):
 
 METHODS = ("nearest", "suffix", "none")
 
-
+# %% ../../nbs/tokens/01_collisions.ipynb #94234268
 def resolve(
     codes,  # (N, L) int64
     method: str = "nearest",  # one of METHODS

@@ -99,7 +99,7 @@ def decode_codes(
         out += codebooks[level][codes[:, level]]
     return out
 
-# %% ../../nbs/tokens/00_rqkmeans.ipynb #36152cde
+# %% ../../nbs/tokens/00_rqkmeans.ipynb #50c1fc32
 class RQKMeans:
     "Residual k-means codebooks with the scaling of their input."
 
@@ -152,10 +152,17 @@ class RQKMeans:
         return {"kind": self.kind, "version": 1, "codebooks": tensors, "mean": self.mean.cpu(), "scale": self.scale.cpu(), "report": self.report}
 
     @classmethod
-    def load(cls, state: dict):
-        "The model of a state_dict. Raises InputError where it is another model's."
+    def load(cls, state: dict, file=None):
+        "The model of a state_dict; `file` is where it came from. Raises InputError where it is another model's."
         if not isinstance(state, dict) or state.get("kind") != cls.kind or state.get("version") != 1:
             found = {k: state.get(k) for k in ("kind", "version")} if isinstance(state, dict) else type(state).__name__
-            raise InputError("not a residual k-means model", found=found, expected=f"kind {cls.kind}, version 1", mend="give the final_model.pt of a run with mode=kmeans")
-        codebooks = [state["codebooks"][f"level_{i}"] for i in range(len(state["codebooks"]))]
-        return cls(codebooks, state["mean"], state["scale"], state["report"])
+            raise InputError("not a residual k-means model", file=file, found=found, expected=f"kind {cls.kind}, version 1", mend="give the final_model.pt of a run with mode=kmeans")
+        try:
+            codebooks = [state["codebooks"][f"level_{i}"] for i in range(len(state["codebooks"]))]
+            widths = [len(state["mean"]), len(state["scale"]), *(c.shape[1] for c in codebooks)]
+            if not codebooks or len(set(widths)) > 1:
+                raise InputError("the parts of the model do not fit together", file=file, found=f"{len(codebooks)} codebooks, columns {widths}", expected="one width",
+                                 mend="run 03_tokenizer again")
+            return cls(codebooks, state["mean"], state["scale"], state["report"])
+        except (KeyError, TypeError, AttributeError, IndexError) as e:
+            raise InputError("the residual k-means model is not whole", file=file, found=repr(e)[:80], expected="codebooks, mean, scale, report", mend="run 03_tokenizer again") from e

@@ -1,0 +1,97 @@
+"""Real logs: their counts, their order, their tables of codes. Skipped where the data are not there."""
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from recgen.core.ragged import padding_share
+from recgen.evaluation.protocol import cases_from_dataset
+from recgen.formats.dataset import Dataset, order_positions
+from recgen.formats.embeddings import load_embeddings
+from recgen.formats.semantic_ids import SemanticIDs
+from recgen.retrieval.sequences import PrefixSamples
+from recgen.sources.recbole import recbole_source
+from recgen.stages.data import build_dataset, read_source
+
+@pytest.fixture(scope="module")
+def beauty(request):
+    data = request.getfixturevalue("data")
+    return build_dataset(read_source("sequences", data / "beauty", 0, "given"), "beauty", "given")
+
+
+def test_beauty_has_its_published_counts(beauty):
+    assert (beauty.n_users, beauty.n_items, len(beauty.all_rows_with_held_out())) == (22_363, 12_101, 198_502)
+    assert len(beauty.valid_rows_held_out()) == len(beauty.test_rows_held_out()) == 22_363
+    cases = cases_from_dataset(beauty, "test")
+    assert len(cases) == 22_363 and int(cases.history.lengths.min()) == 4
+
+
+def test_beauty_is_the_file_as_it_stands(beauty, data):
+    line = (data / "beauty" / "sequences.txt").read_text().splitlines()[0].split()
+    rows = beauty.all_rows_with_held_out()
+    assert rows[rows.user_id == int(line[0])].item_id.tolist() == [int(i) for i in line[1:]]
+    first = json.loads((data / "beauty" / "items.jsonl").read_text().splitlines()[0])
+    assert beauty.items.set_index("item_id").loc[first["id"], "title"] == first["title"]
+
+
+def test_beautys_training_samples_and_their_padding(beauty):
+    samples = PrefixSamples.from_sequences(beauty.train_sequences(), 20)
+    assert len(samples) == 131_413
+    share = padding_share(samples.lengths, samples.batches(256, torch.Generator().manual_seed(0)))
+    print(f"\npadding in batches of 256: {share:.2%}")
+    assert share < 0.1
+
+
+def test_beautys_vectors_cover_its_items(beauty, data):
+    vectors = load_embeddings(data / "beauty", catalogue=beauty.items["item_id"])
+    assert vectors.vectors.shape == (12_101, 384) and vectors.vectors.isfinite().all()
+    assert (vectors.vectors.std(0) == 0).nonzero().squeeze(1).tolist() == [127, 223]
+
+
+@pytest.mark.parametrize("name", ["cgr_rkmeans_native", "cgr_rqvae_native", "iba_rqvae", "letter_official", "nonametiger_rqkmeans", "nonametiger_rqvae"])
+def test_published_code_tables_are_semantic_ids(name, data, beauty, tmp_path):
+    table = pd.read_csv(data / "beauty" / "peer_codes" / f"{name}.tsv", sep="\t", names=["id", "c1", "c2", "c3", "c4"]).to_numpy(np.int64)
+    codes = table[:, 1:]
+    ids = SemanticIDs(table[:, 0], codes - codes.min(0))
+    assert len(ids) == 12_101 and ids.n_levels == 4
+    ids.check_coverage(beauty.items["item_id"].tolist())
+    ids.save(tmp_path)
+    assert SemanticIDs.load(tmp_path) == ids
+    trie = ids.to_trie()
+    assert len(trie.items) == 12_101 and trie.n_nodes[-1] == len(np.unique(codes, axis=0))
+    assert trie.find(ids.codes()[:500]).equal(trie.leaf_of_item[ids.item_ids[:500]])
+
+
+@pytest.mark.parametrize("policy", ["given", "hash"])
+def test_movielens_has_its_published_counts(policy, data):
+    parts = read_source("recbole", data / "ml100k", 0, policy)
+    dataset = build_dataset(parts, "ml100k", policy)
+    assert (dataset.n_users, dataset.n_items, len(dataset.all_rows_with_held_out())) == (943, 1_682, 100_000)
+    rows = dataset.all_rows_with_held_out()
+    assert (rows.groupby("user_id")["timestamp"].diff().dropna() >= 0).all() and rows["user_id"].is_monotonic_increasing
+    assert rows.groupby("user_id")["position"].apply(lambda p: (p.to_numpy() == np.arange(len(p))).all()).all()
+    assert parts["users"] is not None and len(parts["users"]) == 943
+    assert dataset.items["title"].str.len().gt(0).all()
+
+
+def test_policy_hash_does_not_depend_on_the_files_order(data):
+    source = recbole_source(data / "ml100k")
+    frame, (users, items) = source["interactions"], source["raw"]
+    mixed = np.random.default_rng(0).permutation(len(frame))
+    a = order_positions(frame, "hash", users, items)
+    b = order_positions(frame.iloc[mixed], "hash", users.iloc[mixed], items.iloc[mixed])
+    assert (a[mixed] == b).all()
+    given = order_positions(frame), order_positions(frame.iloc[mixed])
+    assert (given[0][mixed] != given[1]).any(), "policy given does: this log has ties"
+    assert (a != given[0]).any()
+
+
+def test_a_k_core_of_movielens(data):
+    parts = read_source("recbole", data / "ml100k", 20, "hash")
+    dataset = build_dataset(parts, "ml100k", "hash")
+    rows = dataset.all_rows_with_held_out()
+    assert rows.groupby("user_id").size().min() >= 20 and rows.groupby("item_id").size().min() >= 20
+    assert dataset.n_items < 1_682 and rows["item_id"].max() == dataset.n_items == rows["item_id"].nunique()
+    assert isinstance(dataset, Dataset)
