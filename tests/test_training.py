@@ -13,7 +13,8 @@ from toy_tasks import Curve, settings, train_everything, train_slowly
 
 from recgen.core.errors import InputError, ParameterError, RunError
 from recgen.core.files import read_torch
-from recgen.core.training import Best, TrainSettings, fit, launch, learning_rate_factor, shard
+from recgen.core.processes import launch, shard
+from recgen.core.training import Best, TrainSettings, fit, learning_rate_factor
 
 BATCH_SIZES = (16, 7, 3)  # the last batch of 70: 6, 7 and 1 sample
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from recgen.core import training
+from recgen.core.processes import gather_objects
 from recgen.core.ragged import Ragged
-from recgen.core.training import TrainSettings, fit, gather_objects
+from recgen.core.training import TrainSettings, fit
 from recgen.evaluation.protocol import Cases
 from recgen.formats.semantic_ids import SemanticIDs
 from recgen.retrieval.sequences import token_table

@@ -6,14 +6,15 @@
 __all__ = ['EXACT_LIMIT', 'choose_path', 'length_blocks', 'rank_cases', 'rank_exactly', 'rank_by_beam', 'without', 'TigerTask',
            'train_tiger']
 
-# %% ../../nbs/retrieval/03_training.ipynb #849c7ff2
+# %% ../../nbs/retrieval/03_training.ipynb #b9cc1901
 import time
 
 import torch
 
 from ..core.device import resolve_device, seed_everything
+from ..core.processes import gather_objects
 from ..core.ragged import Ragged
-from ..core.training import TrainSettings, fit, gather_objects
+from ..core.training import TrainSettings, fit
 from ..evaluation.ranking import metrics_from_ranks, rank_from_lists, rank_from_scores, top_lists
 from .beam import Seen, beam_search, exact_scores
 from .sequences import PrefixSamples, history_tokens

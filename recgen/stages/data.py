@@ -6,11 +6,12 @@
 __all__ = ['RULES', 'choose_source', 'k_core', 'renumber', 'read_source', 'world_parts', 'build_dataset', 'save_parts',
            'plot_log', 'sample_histories']
 
-# %% ../../nbs/00_data.ipynb #9eb40ddb
+# %% ../../nbs/00_data.ipynb #f41a88e0
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from ..core.errors import InputError, ParameterError
 from ..core.files import resolve, write_json, write_tensors
@@ -109,7 +110,7 @@ def world_parts(n_users: int, n_items: int, seed: int) -> dict:
     return {"interactions": world.interactions, "items": world.items, "users": world.users, "relations": world.relations, "item_emb": world.item_emb,
             "impressions": world.impressions, "oracle": world.oracle, "oracle_tables": world.oracle_tables}
 
-# %% ../../nbs/00_data.ipynb #fc5bdbec
+# %% ../../nbs/00_data.ipynb #88232f53
 def build_dataset(parts: dict, name: str, tie_policy: str) -> Dataset:
     "The parts as a checked dataset, split leave-one-out."
     info = {"name": name, "tie_policy": tie_policy, "split": LEAVE_ONE_OUT}
@@ -123,8 +124,6 @@ def save_parts(folder: Path, dataset: Dataset, parts: dict, info: dict) -> dict:
     if parts.get("item_emb") is not None:
         tables["item_emb.parquet"] = parts["item_emb"]
     if parts.get("oracle"):
-        import torch
-
         write_json(folder / "oracle.json", parts["oracle"])
         for name, arrays in parts["oracle_tables"].items():
             write_tensors(folder / "oracle" / f"{name}.safetensors", {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()})

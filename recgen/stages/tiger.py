@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'ALIASES', 'planted_ids', 'read_inputs', 'read_oracle', 'train', 'evaluate_tiger', 'evaluate_baselines',
            'train_counts', 'add_context', 'save_results', 'show_recommendations', 'model_config', 'train_settings']
 
-# %% ../../nbs/04_tiger.ipynb #1583b283
+# %% ../../nbs/04_tiger.ipynb #4134beb0
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from ..core.device import generator
 from ..core.errors import InputError
 from ..core.files import read_tensors, resolve, write_parquet, write_torch
 from ..core.params import at_least, between, one_of
+from ..core.processes import launch
 from ..core.ragged import padding_share
 from ..core.run import verify_file
-from ..core.training import TrainSettings, launch
+from ..core.training import TrainSettings
 from ..evaluation.baselines import ItemKNN, Popularity
 from ..evaluation.ceiling import aligned_rows, ceiling_share
 from ..evaluation.evaluator import evaluate_lists, evaluate_scores, per_user_table, result_table
