@@ -8,7 +8,7 @@ export RECGEN_RUNS
 .PHONY: demo test lab clean
 
 demo: $(INSTALLED)
-	$(VENV)/bin/python -m recgen.cli pipeline demo
+	$(VENV)/bin/python -m recgen.cli pipeline demo --overwrite
 	@echo "open runs/demo/report.html"
 
 test: $(INSTALLED)

@@ -46,24 +46,25 @@ def pipeline_settings(
         raise InputError("a pipeline's files are named after stages", file=folder, found=", ".join(strange) or "no file", expected=", ".join(f"{s}.yaml" for s in READS))
     return found
 
-# %% ../nbs/cli.ipynb #95962332
+# %% ../nbs/cli.ipynb #6dfaf077
 def run_pipeline(
     name: str,  # a folder of nbs/params
     folder: Path,  # where the stages' folders and the executed notebooks go
     extra: dict = None,  # {"stage.parameter": value} on top of the files
+    overwrite: bool = False,  # replace finished stages of other parameters, inputs or code; refused otherwise
 ) -> dict:  # {stage: its folder}
-    "Run a pipeline's notebooks with papermill, in order. A finished stage with the same ingredients is reused, any other is replaced."
+    "Run a pipeline's notebooks with papermill, in order. A finished stage with the same ingredients is reused."
     import papermill
 
     done = {}
     for stage, values in pipeline_settings(name).items():
-        values = {**values, **{k: str(done[s]) for k, s in READS[stage].items() if s in done}, "output_dir": str(folder / stage), "overwrite": True}
+        values = {**values, **{k: str(done[s]) for k, s in READS[stage].items() if s in done}, "output_dir": str(folder / stage), "overwrite": overwrite}
         values |= {k.split(".", 1)[1]: v for k, v in (extra or {}).items() if k.split(".", 1)[0] == stage}
         executed = folder / f"{stage}.ipynb"
         executed.parent.mkdir(parents=True, exist_ok=True)
         print(f"{stage} → {shown(executed)}", flush=True)
         papermill.execute_notebook(notebooks_dir() / f"{stage}.ipynb", executed, values, progress_bar=sys.stderr.isatty(), log_output=False)
-        done[stage] = folder / stage
+        done[stage] = Path(values["output_dir"])
     return done
 
 # %% ../nbs/cli.ipynb #058af510
@@ -100,7 +101,7 @@ def _without_source(cell):
     "The same cell, tagged so that its code is left out."
     return {**cell, "metadata": {**cell.metadata, "tags": [HIDDEN]}}
 
-# %% ../nbs/cli.ipynb #c926fd21
+# %% ../nbs/cli.ipynb #448aefce
 def main(arguments=None):
     "The `recgen` command."
     parser = argparse.ArgumentParser(prog="recgen", description="From an interaction log to recommendations by way of semantic IDs.")
@@ -109,6 +110,7 @@ def main(arguments=None):
     pipeline.add_argument("name", help="a folder of nbs/params, or a path to such a folder")
     pipeline.add_argument("-p", nargs=2, action="append", default=[], metavar=("STAGE.PARAMETER", "VALUE"), help="a parameter on top of the files")
     pipeline.add_argument("--output", default="", help="folder; runs/NAME if not given")
+    pipeline.add_argument("--overwrite", action="store_true", help="replace finished stages of other parameters, inputs or code")
     args = parser.parse_args(arguments)
     name = Path(args.name).name
     folder = Path(args.output).absolute() if args.output else runs_dir() / name
@@ -116,7 +118,7 @@ def main(arguments=None):
     if wrong:
         parser.error(f"-p takes STAGE.PARAMETER VALUE; {wrong[0]!r} names no stage of {', '.join(READS)}")
     try:
-        done = run_pipeline(args.name, folder, dict(args.p))
+        done = run_pipeline(args.name, folder, dict(args.p), args.overwrite)
     except InputError as e:
         sys.exit(str(e))
     write_report(folder, list(done), f"recgen: {name}", folder / "report.html")

@@ -331,3 +331,44 @@ def test_log_files_are_named_after_the_run(tmp_path):
     assert logs[0].read_text().rstrip().endswith("INFO - Epoch 5: Loss=0.1234")
     assert not run.finish()["outputs"], "logs are no outputs"
     assert Path(run.folder).name == "a"
+
+
+def test_a_run_refused_before_it_wrote_is_in_nobodys_way(tmp_path):
+    first = open_run(tmp_path / "out")
+    release(first.folder)  # it failed before its first output
+    second = open_run(tmp_path / "out", epochs=6)
+    assert not second.finished and second.hash != first.hash
+    write_json(second.path("result.json"), {"answer": 1})
+    release(second.folder)
+    with pytest.raises(RunError, match="epochs: 6 → 7"):
+        open_run(tmp_path / "out", epochs=7)
+
+
+def test_a_kill_while_a_finished_run_is_cleared_leaves_a_folder_that_can_be_used(tmp_path, monkeypatch):
+    done = make(tmp_path / "out")
+    write_json(done.folder / "checkpoints" / "last.pt", {"of": "the old run"})
+    (done.folder / "mine.txt").write_text("a stranger")
+
+    def killed(folder, outputs):
+        (folder / "manifest.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr("recgen.core.run.clear_run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_run(done.folder, epochs=6, overwrite=True)
+    assert not (done.folder / "manifest.json").exists()
+    again = open_run(done.folder, epochs=6)
+    assert not again.finished and not again.path("result.json").exists() and not again.path("checkpoints/last.pt").exists()
+    assert again.path("mine.txt").read_text() == "a stranger"
+    again.finish()
+
+
+def test_work_after_a_failed_cell_takes_the_lock_again(tmp_path):
+    run = open_run(tmp_path / "out")
+    release(run.folder)  # what a failed cell does
+    run.start_log()
+    script = "import sys; from pathlib import Path; from recgen.core.run import acquire; acquire(Path(sys.argv[1]))"
+    refused = subprocess.run([sys.executable, "-c", script, str(run.folder)], capture_output=True, text=True)
+    assert refused.returncode != 0 and f"process {os.getpid()}" in refused.stderr
+    run.finish()

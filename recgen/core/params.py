@@ -169,7 +169,7 @@ class Params:
             rows += "<tr>" + "".join(f"<td style='text-align:left'>{c}</td>" for c in cells) + "</tr>"
         return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
-# %% ../../nbs/core/04_params.ipynb #50577f82
+# %% ../../nbs/core/04_params.ipynb #c24034ee
 def assigned_names(source: str) -> list:
     "Names that a cell assigns at its top level."
     try:
@@ -206,6 +206,7 @@ def params_from(
     if cell:
         declared = read_declarations(cell)
         names = [n for text in injected for n in assigned_names(text)]
+        names += [n for n, d in declared.items() if n in namespace and namespace[n] != d.default]  # set by hand in a later cell
     else:
         declared = {n: Declared(n, kind, namespace[n]) for n, kind in annotations.items()}
         names = [n for n in aliases or {} if n in namespace]

@@ -34,11 +34,12 @@ def gather_objects(item) -> list:
     torch.distributed.all_gather_object(items, item)
     return items
 
-# %% ../../nbs/core/09_processes.ipynb #f36fa613
+# %% ../../nbs/core/09_processes.ipynb #7ec138c5
 def launch(
     function,  # importable function(*args); its return value is dropped: it writes to a folder
     args: tuple,  # what it gets; tensors are shared, not copied
     num_processes: int = 1,
+    device: str = "auto",  # cpu keeps off the GPUs
 ):
     "Run a function in this process (1), or in several that form a torch.distributed group (nccl on CUDA, else gloo)."
     if num_processes <= 1:
@@ -46,20 +47,21 @@ def launch(
         return
     if function.__module__ == "__main__":
         raise ParameterError("several processes need a function from a module", column="num_processes", found=f"{function.__qualname__} of a notebook")
-    gpus = torch.cuda.device_count()
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
     if gpus and num_processes > gpus:
         raise ParameterError("there are fewer GPUs than processes", column="num_processes", found=num_processes, expected=f"at most {gpus}")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.start_processes(_worker, (function, args, num_processes, port), nprocs=num_processes, start_method="spawn")
+    torch.multiprocessing.start_processes(_worker, (function, args, num_processes, port, gpus > 0), nprocs=num_processes, start_method="spawn")
 
 
-def _worker(rank, function, args, world, port):
+def _worker(rank, function, args, world, port, cuda):
     "Join the group, then work."
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-    cuda = torch.cuda.device_count() > 0
-    if not cuda:
+    if cuda:
+        torch.cuda.set_device(rank)
+    else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank, world_size=world)

@@ -149,7 +149,7 @@ def release_all():
     for folder in list(_held):
         release(folder)
 
-# %% ../../nbs/core/06_run.ipynb #3bec48c5
+# %% ../../nbs/core/06_run.ipynb #4464bd82
 class Run:
     "A run folder: `path(name)`, `finished`, `log`, `finish(metrics)`. Use it in a notebook's cells, or as a context manager."
 
@@ -203,12 +203,14 @@ class Run:
                                "  mend:     restore the files, or run with overwrite=True")
             if not overwrite:
                 raise RunError(refusal(self.folder, "is finished, with other parameters, inputs or code", found.get("identity", {}), self.identity))
+            kept = {n: facts for n, facts in present_files(self.folder).items() if n not in found.get("outputs", {}) and not n.startswith("checkpoints/")}
+            write_json(marker, {"hash": "", "identity": {}, "kept": kept})  # stopped in the middle of clearing, the next visit clears the rest
             clear_run(self.folder, found.get("outputs", {}))
-            kept = present_files(self.folder)
         elif marker.exists():
             found = read_json(marker)
             kept = found.get("kept", {})
-            if found.get("hash") != self.hash and not overwrite:
+            begun = set(present_files(self.folder)) - set(kept)  # a run that was refused before it wrote anything is in nobody's way
+            if found.get("hash") != self.hash and begun and found.get("hash") and not overwrite:
                 raise RunError(refusal(self.folder, "holds an unfinished run with other parameters, inputs or code", found.get("identity", {}), self.identity))
             if found.get("hash") != self.hash or not resume:
                 clear_run(self.folder, {n for n in present_files(self.folder) if n not in kept})
@@ -228,11 +230,13 @@ class Run:
 
     def start_log(self, mode: str = "run", epochs: int = 0, batch_size: int = 0) -> logging.Logger:
         "A logger that prints each message and keeps it, with its time, in logs/<timestamp>_<dataset>_<mode>_ep<epochs>_bs<batch>.log."
+        acquire(self.folder)  # held already, unless a cell failed since
         stamp = datetime.datetime.now().strftime("%Y%m%d_%H%M%S")
         return open_log(self.folder / "logs" / f"{stamp}_{self.dataset}_{mode}_ep{epochs}_bs{batch_size}.log", self.values.get("log_level", "INFO"))
 
     def finish(self, metrics: dict = None, device: str = "cpu", **environment) -> dict:
         "Write the manifest, last of all: from now on the folder is finished. Returns the manifest."
+        acquire(self.folder)
         manifest = {
             "stage": self.stage,
             "dataset": self.dataset,

@@ -209,7 +209,7 @@ def make_accelerator(settings: TrainSettings):
         torch.cuda.set_device(device)
     return Accelerator(cpu=device.type == "cpu", mixed_precision=settings.precision)
 
-# %% ../../nbs/core/10_training.ipynb #04ffd626
+# %% ../../nbs/core/10_training.ipynb #a61e215b
 class Trainer:
     "One training: `run()` trains from the last checkpoint (or the start) to the end. See `fit`."
 
@@ -299,7 +299,9 @@ class Trainer:
                 with self.accelerator.autocast():
                     loss = self.task.loss(self.model, part.to(self.device))
                 self.accelerator.backward(loss * (weight * len(batch) / n))
-            total = total + loss.detach().double() * (weight * len(batch) / self.world)
+            value = loss.detach()
+            value = value.cpu() if value.device.type == "mps" else value  # which has no float64
+            total = total + value.double() * (weight * len(batch) / self.world)
         if self.settings.grad_clip:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
         self.optimizer.step()

@@ -53,7 +53,7 @@ def resolve_tuples(
     items = torch.where(flat_size > 0, members[at], 0)
     return Ragged.from_groups(rows, items, len(groups)).padded(k)
 
-# %% ../../nbs/evaluation/04_tuples.ipynb #607b0838
+# %% ../../nbs/evaluation/04_tuples.ipynb #0445ddbb
 def tuple_rank(
     groups,  # (U, K) tuple numbers, best first
     group_of_item,  # (N + 1,) number of each item's tuple
@@ -69,9 +69,13 @@ def rank_before_resolution(
     raw_group,  # (N + 1,) number of each item's codes before collisions were resolved
     targets,  # (U,) item ids
 ):  # (U,) int64
-    "Rank of the first item that shares the target's raw codes."
+    "Rank of the target's raw codes among the different raw codes of the list: items that share them count as one entry."
     groups = torch.as_tensor(raw_group).to(items.device)[items].masked_fill(items == 0, -2)
-    return tuple_rank(groups, raw_group, targets)
+    rank = tuple_rank(groups, raw_group, targets)
+    different = torch.ones_like(groups)  # (U, K) 1 where a tuple stands for the first time
+    for place in range(1, groups.shape[1]):
+        different[:, place] = (groups[:, :place] != groups[:, place, None]).all(1)
+    return torch.where(rank > 0, different.cumsum(1).gather(1, (rank - 1).clamp(min=0)[:, None])[:, 0], 0)
 
 
 def invalid_share(

@@ -204,7 +204,7 @@ def check_info(info, file="dataset.json"):
     if not isinstance(hashes, dict):
         refuse("hashes are not given by file", "sha256", '{"items.parquet": "…", …}')
 
-# %% ../../nbs/formats/00_dataset.ipynb #cd5c6e7f
+# %% ../../nbs/formats/00_dataset.ipynb #bd7b79cd
 class Dataset:
     "A dataset in memory: `items`, `users`, `info`, the training rows, and the held-out rows under names that say so."
 
@@ -228,7 +228,7 @@ class Dataset:
         if not folder.is_dir():
             raise InputError("there is no dataset folder", file=folder, expected="a folder with interactions.parquet and items.parquet", mend="run 00_data, or correct the path")
         mend = "run 00_data, or see design of the dataset folder in its notebook"
-        info = read_json(folder / "dataset.json") if (folder / "dataset.json").exists() else {"name": folder.resolve().name}
+        info = read_json(verify_file(folder / "dataset.json")) if (folder / "dataset.json").exists() else {"name": folder.resolve().name}
         check_info(info, folder / "dataset.json")
         verify_dataset(folder, info)
         users = read_parquet(folder / "users.parquet").to_pandas() if (folder / "users.parquet").exists() else None

@@ -161,14 +161,14 @@ def expand_leaves(
     short = k - items.shape[1]
     return torch.nn.functional.pad(items, (0, short)), torch.nn.functional.pad(scores, (0, short), value=-torch.inf)
 
-# %% ../../nbs/retrieval/02_beam.ipynb #6bdd53aa
+# %% ../../nbs/retrieval/02_beam.ipynb #564e1f04
 @torch.no_grad()
 def exact_scores(
     model,  # Tiger, in eval mode
     tokens,  # (B, T) history tokens
     trie,  # Trie of the catalogue
     n_items: int,  # size of the catalogue
-    chunk: int = 0,  # users at once; 0 = as many as keep a level under a million prefixes
+    chunk: int = 0,  # users at once; 0 = as many as keep a level under 200,000 prefixes
 ):  # (B, n_items + 1) float32; column 0 and items that the trie does not have are −inf
     "Log-probability of every item for every user."
     widest = max(trie.n_nodes[:-1])

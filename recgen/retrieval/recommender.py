@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['known_histories', 'Recommender']
 
-# %% ../../nbs/retrieval/04_recommender.ipynb #988b2daa
+# %% ../../nbs/retrieval/04_recommender.ipynb #ca85a79f
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,7 +14,7 @@ import torch
 
 from ..core.device import resolve_device
 from ..core.errors import InputError, RunError
-from ..core.files import read_parquet
+from ..core.files import read_parquet, resolve
 from ..core.ragged import Ragged
 from ..core.run import verify_file
 from ..formats.semantic_ids import SemanticIDs
@@ -39,7 +38,7 @@ def known_histories(
     kept = [[v for v in r if 1 <= v <= n_items] for r in rows]
     return Ragged.from_lists(kept), sum(map(len, rows)) - sum(map(len, kept))
 
-# %% ../../nbs/retrieval/04_recommender.ipynb #f8e635bb
+# %% ../../nbs/retrieval/04_recommender.ipynb #f4345485
 class Recommender:
     "Recommendations from a trained TIGER. `Recommender.load(run_folder).recommend(histories, k)`."
 
@@ -53,7 +52,7 @@ class Recommender:
     @classmethod
     def load(cls, run, device: str = "auto", beams: int = 20):
         "From a finished run folder of 04_tiger; its files are verified. RunError for a folder that is not one."
-        run = Path(run)
+        run = resolve(run)
         if not (run / "manifest.json").exists():
             raise RunError(f"{run} is not a finished run of 04_tiger: there is no manifest.json\n  mend:     run the notebook again, it resumes where it stopped")
         model = Tiger.load_from_checkpoint(verify_file(run / "model.pt"))
@@ -93,12 +92,19 @@ class Recommender:
         items, scores = torch.zeros(len(history), k, dtype=torch.int64), torch.full((len(history), k), -torch.inf)
         if not len(trie.items):
             return items, scores
+        beams = max(self.beams, k)
+        block = max(1, block * self.beams // beams)  # wide searches take fewer users at once, for equal memory
         for rows in length_blocks(history, block):
             part = history.select(rows).to(self.device)
             tokens = history_tokens(self.table, part.last(self.model.config.max_history).padded())
-            found = beam_search(self.model, tokens, trie, k, max(self.beams, k), Seen.of(part, trie) if exclude_seen else None)
+            found = beam_search(self.model, tokens, trie, k, beams, Seen.of(part, trie) if exclude_seen else None)
             items[rows], scores[rows] = found.items.cpu(), found.scores.cpu()
         return items, scores
+
+    def recommend_batch(self, batch: dict, k: int = 20):
+        "(B, k) item ids for `batch[\"history\"]` (lists or a Ragged): what TopKAccumulator.evaluate(recommender, loader) asks of a model."
+        history = batch["history"] if isinstance(batch["history"], Ragged) else Ragged.from_lists(batch["history"])
+        return self.search(history, self.trie, k, True, 256)[0]
 
     def lists_to_frame(self, items, scores, users=None) -> pd.DataFrame:
         "Ranked lists (U, k), 0 = nothing, as a long table with titles."

@@ -20,7 +20,7 @@ from .beam import Seen, beam_search, exact_scores
 from .sequences import PrefixSamples, history_tokens
 from .transformer import Tiger, TigerConfig, codes_loss
 
-# %% ../../nbs/retrieval/03_training.ipynb #4f1f3d6f
+# %% ../../nbs/retrieval/03_training.ipynb #6f3aa2ff
 EXACT_LIMIT = 2000  # items: up to here `auto` scores the whole catalogue
 
 
@@ -44,6 +44,7 @@ def rank_cases(
     beams: int = 20,
     k: int = 20,  # entries of a list
     block: int = 256,  # users at once
+    filtered_only: bool = False,  # beam: leave out the search that may return what was seen
 ) -> dict:  # rank, rank_filtered (U,); items, scores, filtered_items, filtered_scores (U, k); certified (U,); seconds
     "Ranks and lists of all cases, with and without the history filter."
     model.eval()
@@ -54,14 +55,14 @@ def rank_cases(
         part = cases.select(rows)
         history = part.history.to(device)
         tokens = history_tokens(table, history.last(model.config.max_history).padded())
-        found = (rank_exactly if path == "exact" else rank_by_beam)(model, tokens, trie, history, part.targets.to(device), n_items, beams, k)
+        found = (rank_exactly if path == "exact" else rank_by_beam)(model, tokens, trie, history, part.targets.to(device), n_items, beams, k, filtered_only)
         for name, value in found.items():
             value = value.cpu()
             out.setdefault(name, value.new_zeros((len(cases), *value.shape[1:])))[rows] = value
     return {**out, "seconds": time.perf_counter() - begun}
 
 
-def rank_exactly(model, tokens, trie, history, targets, n_items, beams, k):
+def rank_exactly(model, tokens, trie, history, targets, n_items, beams, k, filtered_only=False):
     "From the scores of the whole catalogue."
     scores = exact_scores(model, tokens, trie, n_items)
     items, values = top_lists(scores, k)
@@ -70,13 +71,15 @@ def rank_exactly(model, tokens, trie, history, targets, n_items, beams, k):
             "filtered_items": kept, "filtered_scores": kept_values, "certified": torch.ones(len(items), dtype=torch.bool)}
 
 
-def rank_by_beam(model, tokens, trie, history, targets, n_items, beams, k):
+def rank_by_beam(model, tokens, trie, history, targets, n_items, beams, k, filtered_only=False):
     "From two searches: one over everything, one that leaves the history out."
-    free = beam_search(model, tokens, trie, k, beams)
     kept = beam_search(model, tokens, trie, k, beams, Seen.of(without(history, targets), trie))
-    return {"rank": rank_from_lists(free.items, targets, free.scores), "rank_filtered": rank_from_lists(kept.items, targets, kept.scores),
-            "items": free.items, "scores": free.scores, "filtered_items": kept.items, "filtered_scores": kept.scores,
-            "certified": free.certified & kept.certified}
+    out = {"rank_filtered": rank_from_lists(kept.items, targets, kept.scores), "filtered_items": kept.items, "filtered_scores": kept.scores, "certified": kept.certified}
+    if filtered_only:
+        return out
+    free = beam_search(model, tokens, trie, k, beams)
+    return out | {"rank": rank_from_lists(free.items, targets, free.scores), "items": free.items, "scores": free.scores,
+                  "certified": free.certified & kept.certified}
 
 # %% ../../nbs/retrieval/03_training.ipynb #b4ae27f4
 def without(history, targets):
@@ -84,7 +87,7 @@ def without(history, targets):
     keep = history.values != targets[history.rows]
     return Ragged.from_groups(history.rows[keep], history.values[keep], len(history))
 
-# %% ../../nbs/retrieval/03_training.ipynb #6947602f
+# %% ../../nbs/retrieval/03_training.ipynb #01b3c30f
 class TigerTask:
     "What core.training needs: the model, an epoch's batches, the loss, and validation on fixed cases."
 
@@ -118,7 +121,7 @@ class TigerTask:
         shares = gather_objects(None)
         rank = torch.distributed.get_rank() if len(shares) > 1 else 0
         part = self.valid.select(torch.arange(rank, len(self.valid), len(shares)))
-        ranks = torch.cat(gather_objects(rank_cases(model, self.table, self.trie, part, self.path, self.beams)["rank_filtered"]))
+        ranks = torch.cat(gather_objects(rank_cases(model, self.table, self.trie, part, self.path, self.beams, filtered_only=True)["rank_filtered"]))
         return metrics_from_ranks(ranks, (5, 10), "valid/item/filtered")
 
     def log_line(self, record) -> str:

@@ -81,7 +81,7 @@ def renumber(parts: dict) -> dict:
                         for name, frame in parts.get("relations", {}).items()}
     return out
 
-# %% ../../nbs/00_data.ipynb #2a5e221f
+# %% ../../nbs/00_data.ipynb #f484ebc4
 def read_source(kind: str, folder: Path, k: int, tie_policy: str) -> dict:
     "Interactions in order, items, users, relations and item vectors of a folder, filtered to its k-core."
     parts = sequence_source(folder) if kind == "sequences" else recbole_source(folder)
@@ -90,6 +90,7 @@ def read_source(kind: str, folder: Path, k: int, tie_policy: str) -> dict:
         once = ~frame.duplicated(["user_id", "item_id", "timestamp"])
         names = parts.get("raw", (frame["user_id"], frame["item_id"]))
         frame = frame[once].assign(position=order_positions(frame[once], tie_policy, *(n[once] for n in names)))
+        parts["repeated_rows"] = int((~once).sum())
     elif tie_policy != "given":
         raise ParameterError("this log has no timestamps, so there are no ties to break", column="tie_policy", found=tie_policy, expected="given")
     parts["interactions"] = frame
