@@ -34,7 +34,7 @@ def gather_objects(item) -> list:
     torch.distributed.all_gather_object(items, item)
     return items
 
-# %% ../../nbs/core/09_processes.ipynb #7ec138c5
+# %% ../../nbs/core/09_processes.ipynb #d6cbc54f
 def launch(
     function,  # importable function(*args); its return value is dropped: it writes to a folder
     args: tuple,  # what it gets; tensors are shared, not copied
@@ -53,6 +53,7 @@ def launch(
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve the other processes' (20-fold, measured)
     torch.multiprocessing.start_processes(_worker, (function, args, num_processes, port, gpus > 0), nprocs=num_processes, start_method="spawn")
 
 

@@ -149,7 +149,7 @@ def release_all():
     for folder in list(_held):
         release(folder)
 
-# %% ../../nbs/core/06_run.ipynb #4464bd82
+# %% ../../nbs/core/06_run.ipynb #c62dbeb1
 class Run:
     "A run folder: `path(name)`, `finished`, `log`, `finish(metrics)`. Use it in a notebook's cells, or as a context manager."
 
@@ -231,8 +231,7 @@ class Run:
     def start_log(self, mode: str = "run", epochs: int = 0, batch_size: int = 0) -> logging.Logger:
         "A logger that prints each message and keeps it, with its time, in logs/<timestamp>_<dataset>_<mode>_ep<epochs>_bs<batch>.log."
         acquire(self.folder)  # held already, unless a cell failed since
-        stamp = datetime.datetime.now().strftime("%Y%m%d_%H%M%S")
-        return open_log(self.folder / "logs" / f"{stamp}_{self.dataset}_{mode}_ep{epochs}_bs{batch_size}.log", self.values.get("log_level", "INFO"))
+        return open_log(self.folder / "logs", f"{self.dataset}_{mode}_ep{epochs}_bs{batch_size}", self.values.get("log_level", "INFO"))
 
     def finish(self, metrics: dict = None, device: str = "cpu", **environment) -> dict:
         "Write the manifest, last of all: from now on the folder is finished. Returns the manifest."
@@ -323,7 +322,7 @@ def clear_run(folder: Path, outputs):
     for name in ["manifest.json", *outputs, "metrics.jsonl", *[p.relative_to(folder).as_posix() for p in folder.glob("checkpoints/*.pt")]]:
         (folder / name).unlink(missing_ok=True)
 
-# %% ../../nbs/core/06_run.ipynb #a1c51203
+# %% ../../nbs/core/06_run.ipynb #7db9fd1e
 def peak_memory_mb() -> float:
     "Largest resident memory of this process so far, in MiB."
     try:
@@ -334,9 +333,10 @@ def peak_memory_mb() -> float:
     return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024), 1)
 
 
-def open_log(path: Path, level: str = "INFO") -> logging.Logger:
-    "The recgen logger with one file: messages are printed bare and filed with their time."
-    path.parent.mkdir(parents=True, exist_ok=True)
+def open_log(folder: Path, name: str, level: str = "INFO") -> logging.Logger:
+    "The recgen logger with one file, <timestamp>_<name>.log: messages are printed bare and filed with their time."
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{datetime.datetime.now().strftime('%Y%m%d_%H%M%S')}_{name}.log"
     log = logging.getLogger("recgen")
     for handler in list(log.handlers):
         log.removeHandler(handler)

@@ -183,7 +183,7 @@ def check_comparable(results: dict):
                              found=f"{name}: {len(other.per_user)} users", mend="evaluate both on the same cases",
                              expected=f"the {len(asked)} users and targets of {first_name}, in the same order")
 
-# %% ../../nbs/evaluation/05_evaluator.ipynb #f9324168
+# %% ../../nbs/evaluation/05_evaluator.ipynb #7622a86d
 class ResultTable(pd.DataFrame):
     "A DataFrame, one row a model, that displays itself in short."
 
@@ -193,7 +193,8 @@ class ResultTable(pd.DataFrame):
     def _repr_markdown_(self):
         figures = [c.split("/", 1)[1] for c in self.columns if c.startswith("filtered/") and f"{c}/low" in self.columns]
         others = [c for c in self.columns if not c.startswith(("filtered/", "unfiltered/")) and c not in ("path", "users", "leaky")]
-        lines = ["| history | model | path | " + " | ".join(figures + others) + " |", "|---|---|---|" + "---:|" * len(figures + others)]
+        short = [c.replace("unfiltered/", "").replace("_", " ").replace("/", " ") for c in others]
+        lines = ["| history | model | path | " + " | ".join(figures + short) + " |", "|---|---|---|" + "---:|" * len(figures + others)]
         for variant in ("filtered", "unfiltered"):
             best = self[self.leaky == ""][[f"{variant}/{f}" for f in figures]].max()
             own = [c for c in others if ("unfiltered" in c) == (variant == "unfiltered")]
@@ -208,7 +209,7 @@ class ResultTable(pd.DataFrame):
 def figure_cell(row, column: str, best: bool) -> str:
     "`.0703 [.0670, .0739]`, the best of its column in bold."
     value, low, high = (f"{row[c]:.4f}".replace("0.", ".", 1) for c in (column, f"{column}/low", f"{column}/high"))
-    return f"**{value}** [{low}, {high}]" if best else f"{value} [{low}, {high}]"
+    return (f"**{value}**" if best else value) + f"&nbsp;[{low},&nbsp;{high}]"  # on one line
 
 
 def result_table(

@@ -7,7 +7,7 @@ __all__ = ['RULES', 'ALIASES', 'planted_ids', 'read_inputs', 'read_oracle', 'tra
            'evaluate_baselines', 'train_counts', 'add_context', 'save_results', 'show_recommendations', 'model_config',
            'train_settings']
 
-# %% ../../nbs/04_tiger.ipynb #d5e8821b
+# %% ../../nbs/04_tiger.ipynb #b46b3ecd
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ..core.ragged import padding_share
 from ..core.run import verify_file
 from ..core.training import TrainSettings
 from ..evaluation.baselines import ItemKNN, Popularity
-from ..evaluation.ceiling import aligned_rows, ceiling_share
+from ..evaluation.ceiling import aligned_rows, ceiling_metrics, ceiling_share
 from ..evaluation.evaluator import evaluate_lists, evaluate_scores, per_user_table, result_table
 from ..evaluation.protocol import cases_from_dataset, check_no_leakage, check_provenance
 from ..evaluation.ranking import drop_seen
@@ -94,7 +94,7 @@ def train(dataset: Dataset, ids: SemanticIDs, config: TigerConfig, settings: Tra
     facts = {"parameters": count_parameters(model), "padding_share": padding, "best_epoch": trainer.best.epoch, "best_value": trainer.best.value, "epochs": trainer.position.epoch, "samples": trainer.position.samples}
     return facts | {"samples_per_second": round(trainer.trained / trainer.seconds, 1) if trainer.seconds else None}
 
-# %% ../../nbs/04_tiger.ipynb #e4b91698
+# %% ../../nbs/04_tiger.ipynb #378e37b3
 def evaluate_tiger(model: Tiger, dataset: Dataset, ids: SemanticIDs, cases, path: str, beams: int):
     "EvaluationResult of the model on cases, and the ranked lists and times it came from."
     device = next(model.parameters()).device
@@ -129,6 +129,7 @@ def add_context(results: dict, dataset: Dataset, cases, oracle):
         if oracle is not None:
             known = torch.isin(cases.users, oracle["user_id"])
             rows = aligned_rows(oracle["user_id"], cases.users[known])
+            result.extra |= ceiling_metrics(oracle["probability"][rows], (5, 10), f"{cases.split}/ceiling")
             result.extra[f"{cases.split}/share_of_ceiling@10"] = ceiling_share(oracle["probability"][rows], result.lists[known], 10)
 
 # %% ../../nbs/04_tiger.ipynb #3e2cda65
