@@ -146,7 +146,7 @@ def test_the_pipeline_command_makes_equal_runs_and_a_report(tmp_path):
     for stage in STAGES:
         assert manifest_of(place / "out" / stage) == manifest_of(tiny(stage)), "another folder, another way to start it, another time: the same run"
     page = (place / "out" / "report.html").read_text()
-    table, notebooks = page.find("filtered/recall@10"), [page.find(f"The executed notebook: {stage}") for stage in STAGES]
+    table, notebooks = page.find(">recall@10<"), [page.find(f"The executed notebook: {stage}") for stage in STAGES]
     assert 0 < table < notebooks[0] < notebooks[1] < notebooks[2]
     assert 0 < page.find("TIGER is ahead") < notebooks[0] or 0 < page.find("TIGER loses") < notebooks[0]
 
