@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['shard', 'gather_objects', 'launch']
 
-# %% ../../nbs/core/09_processes.ipynb #9d1a4db0
+# %% ../../nbs/core/09_processes.ipynb #23907e64
 import os
 import socket
+import sys
 
 import torch
 
@@ -34,7 +35,7 @@ def gather_objects(item) -> list:
     torch.distributed.all_gather_object(items, item)
     return items
 
-# %% ../../nbs/core/09_processes.ipynb #d6cbc54f
+# %% ../../nbs/core/09_processes.ipynb #9dcb0a28
 def launch(
     function,  # importable function(*args); its return value is dropped: it writes to a folder
     args: tuple,  # what it gets; tensors are shared, not copied
@@ -66,7 +67,8 @@ def _worker(rank, function, args, world, port, cuda):
         os.environ["ACCELERATE_USE_CPU"] = "true"
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank, world_size=world)
-    try:
-        function(*args)
-    finally:
-        torch.distributed.destroy_process_group()
+    function(*args)  # an error ends this process, and `launch` then ends the others
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # taking gloo's threads apart at exit aborts now and then ("terminate called without an active exception"); all is written by now
