@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recgen.core.errors import InputError
+from recgen.core.processes import launch
 from recgen.core.ragged import Ragged
 from recgen.evaluation.accumulator import TopKAccumulator
 from recgen.evaluation.baselines import ItemKNN, Popularity
@@ -304,21 +304,20 @@ def test_tables_refuse_what_may_not_be_compared():
     assert table.index.tolist() == ["a", "leak"] and "knows also_bought" in text and "0.500" in text and "nan" not in text.lower()
 
 
-def accumulate_in_process(process, folder, targets, predictions):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=process, world_size=2)
+def accumulate_in_process(folder, targets, predictions):
+    process = dist.get_rank()
     evaluator = TopKAccumulator(k=[5, 10])
     part = slice(0, 7) if process == 0 else slice(7, None)  # unequal shares: a mean of means would be wrong
     evaluator.accumulate(targets[part], predictions[part])
     evaluator.reduce()
     torch.save(evaluator.reduce(), f"{folder}/{process}.pt")  # the second call says the same as the first
-    dist.destroy_process_group()
 
 
 def test_accumulator_sums_over_processes(tmp_path):
     generator = torch.Generator().manual_seed(0)
     targets = torch.randint(0, 2, (40, 3), generator=generator)
     predictions = torch.randint(0, 2, (40, 10, 3), generator=generator)
-    mp.spawn(accumulate_in_process, (tmp_path, targets, predictions), nprocs=2)
+    launch(accumulate_in_process, (tmp_path, targets, predictions), 2)
     alone = TopKAccumulator(k=[5, 10])
     for start in (0, 30):
         alone.accumulate(targets[start : start + 30], predictions[start : start + 30])
