@@ -139,7 +139,7 @@ def leave(number):
         os.kill(os.getpid(), signal.SIGTERM)
     raise KeyboardInterrupt("stopped after a checkpoint: run the same again to go on")
 
-# %% ../../nbs/core/10_training.ipynb #f38ddbcc
+# %% ../../nbs/core/10_training.ipynb #4bf2922d
 @dataclass
 class Position:
     "How far a run has come."
@@ -148,7 +148,7 @@ class Position:
     group: int = 0  # optimizer steps done in the epoch that runs
     step: int = 0  # optimizer steps done in all
     samples: int = 0  # samples seen in all
-    loss_sum: float = 0.0  # of the epoch that runs, weighted by samples
+    loss_sum: list = field(default_factory=list)  # of the epoch that runs, weighted by samples: the loss, then the task's parts
     loss_count: int = 0  # samples in loss_sum
     records: list = field(default_factory=list)  # lines of metrics.jsonl so far
     stopped: bool = False  # early
@@ -209,7 +209,7 @@ def make_accelerator(settings: TrainSettings):
         torch.cuda.set_device(device)
     return Accelerator(cpu=device.type == "cpu", mixed_precision=settings.precision)
 
-# %% ../../nbs/core/10_training.ipynb #a61e215b
+# %% ../../nbs/core/10_training.ipynb #c098330b
 class Trainer:
     "One training: `run()` trains from the last checkpoint (or the start) to the end. See `fit`."
 
@@ -253,7 +253,9 @@ class Trainer:
     def epoch(self, request, total: int, warmup: int):
         "The rest of the epoch that runs, then its record, evaluation and checkpoint."
         p, groups, begun, saved = self.position, self.groups(self.position.epoch), time.perf_counter(), time.perf_counter()
-        loss_sum = torch.tensor(p.loss_sum if self.main else 0.0, dtype=torch.float64, device=self.device if self.device.type != "mps" else "cpu")
+        names = ["loss", *getattr(self.task, "parts", ())]
+        before = p.loss_sum if self.main and p.loss_sum else [0.0] * len(names)
+        loss_sum = torch.tensor(before, dtype=torch.float64, device=self.device if self.device.type != "mps" else "cpu")
         self.model.train()
         for group in groups[p.group :]:
             factor = learning_rate_factor(p.step, total, warmup, self.settings.scheduler)
@@ -264,17 +266,17 @@ class Trainer:
             p.group, p.step, p.samples, p.loss_count, self.trained = p.group + 1, p.step + 1, p.samples + n, p.loss_count + n, self.trained + n
             late, stop = self.agreed(time.perf_counter() - saved > 60 * self.settings.save_minutes, request.signal)
             if self.folder and (late or stop) and p.group < len(groups):
-                p.loss_sum = float(self.accelerator.reduce(loss_sum, "sum"))
+                p.loss_sum = self.accelerator.reduce(loss_sum, "sum").tolist()
                 self.save("last.pt")
                 saved = time.perf_counter()
             if stop and p.group < len(groups):
                 leave(stop)
-        mean_loss = float(self.accelerator.reduce(loss_sum, "sum")) / p.loss_count
+        means = dict(zip(names, (self.accelerator.reduce(loss_sum, "sum") / p.loss_count).tolist(), strict=True))
         self.seconds += time.perf_counter() - begun
-        if not math.isfinite(mean_loss):
-            raise RunError(f"the loss is {mean_loss} in epoch {p.epoch + 1}: lower the learning rate, or train in float32")
-        p.epoch, p.group, p.loss_sum, p.loss_count = p.epoch + 1, 0, 0.0, 0
-        self.close_epoch({"epoch": p.epoch, "step": p.step, "loss": mean_loss, "learning_rate": self.settings.learning_rate * factor})
+        if not math.isfinite(means["loss"]):
+            raise RunError(f"the loss is {means['loss']} in epoch {p.epoch + 1}: lower the learning rate, or train in float32")
+        p.epoch, p.group, p.loss_sum, p.loss_count = p.epoch + 1, 0, [], 0
+        self.close_epoch({"epoch": p.epoch, "step": p.step, **means, "learning_rate": self.settings.learning_rate * factor})
         _, stop = self.agreed(False, request.signal, always=True)
         if stop:
             leave(stop)
@@ -291,15 +293,15 @@ class Trainer:
         return bool(late), number or None
 
     def step(self, group):
-        "One optimizer step over a group of batches. Returns the sum of this process's sample losses."
+        "One optimizer step over a group of batches. Returns the sums of this process's sample losses and parts."
         total, n = 0.0, sum(len(b) for b in group)
         for i, batch in enumerate(group):
             part, weight = shard(batch, self.rank, self.world)
             with nullcontext() if i == len(group) - 1 else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
-                    loss = self.task.loss(self.model, part.to(self.device))
-                self.accelerator.backward(loss * (weight * len(batch) / n))
-            value = loss.detach()
+                    losses = self.task.loss(self.model, part.to(self.device)).reshape(-1)  # the loss, then parts to be reported
+                self.accelerator.backward(losses[0] * (weight * len(batch) / n))
+            value = losses.detach()
             value = value.cpu() if value.device.type == "mps" else value  # which has no float64
             total = total + value.double() * (weight * len(batch) / self.world)
         if self.settings.grad_clip:
@@ -381,7 +383,7 @@ class Trainer:
             self.module.load_state_dict(read_torch(path)["model"])
         return self.module.eval()
 
-# %% ../../nbs/core/10_training.ipynb #32f91eb2
+# %% ../../nbs/core/10_training.ipynb #c09246b9
 def log_line(record: dict) -> str:
     "`Epoch 3: Loss=1.2345, name=0.0567`."
     rest = [f"{k}={v:.4f}" for k, v in record.items() if isinstance(v, float) and k not in ("loss", "learning_rate")]
@@ -389,7 +391,7 @@ def log_line(record: dict) -> str:
 
 
 def fit(
-    task,  # has .model, .batches(generator) -> list of index tensors, .loss(model, index) -> mean loss; may have .evaluate(model) -> dict
+    task,  # has .model, .batches(generator) -> list of index tensors, .loss(model, index) -> mean loss; may have .evaluate(model) -> dict, .parts: names of further numbers that .loss returns behind the loss
     settings: TrainSettings,
     folder=None,  # run folder for checkpoints and metrics.jsonl; None keeps nothing
     fingerprint: dict = None,  # plain data that a checkpoint must share to be resumed
