@@ -4,13 +4,20 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from recgen.core.errors import InputError
 from recgen.core.neighbours import nearest_centres, nearest_neighbours
+from recgen.formats.semantic_ids import SemanticIDs
+from recgen.formats.trie import Trie, prefix_ids, rank_in_group
 from recgen.quantization.kmeans import assign, fit_kmeans
-from recgen.tokens.collisions import bucket_counts, reconstruction_error, resolve
+from recgen.tokens.collisions import METHODS, bucket_counts, reconstruction_error, resolve, share_scores
 from recgen.tokens.health import check_health, collision_table, health_table, summary
 from recgen.tokens.rqkmeans import RQKMeans
+
+few = settings(max_examples=40, deadline=None, derandomize=True)
+
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -186,6 +193,79 @@ def test_the_models_refusals():
         RQKMeans.load({"version": 1})
 
 
+# --- prefixes and the table
+
+
+@few
+@given(st.lists(st.lists(st.sampled_from([0, 1, 2, 255, 2**40, 2**62]), min_size=3, max_size=3), max_size=30))
+def test_prefixes_are_numbered_in_order_however_large_the_codes(rows):
+    codes = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+    for length, numbers in enumerate(prefix_ids(codes).unbind(1), 1):
+        prefixes = [tuple(r[:length]) for r in rows]
+        known = sorted(set(prefixes))
+        assert numbers.tolist() == [known.index(p) for p in prefixes]
+        assert rank_in_group(numbers).tolist() == [prefixes[:i].count(p) for i, p in enumerate(prefixes)]
+
+
+@pytest.mark.parametrize("sizes", [[2] * 64, [1000] * 20, [100_000] * 8])
+def test_many_levels_of_many_codes_do_not_overflow(sizes):
+    codes = torch.stack([torch.randint(k, (500,), generator=generator()) for k in sizes], 1)
+    codes[250:, :-1] = codes[:250, :-1]
+    codes[250:, -1] = sizes[-1] - 1 - codes[:250, -1]
+    assert prefix_ids(codes)[:, -2].max() < 250 + (prefix_ids(codes)[:250, -2] != prefix_ids(codes)[250:, -2]).sum()
+    trie = Trie(codes, torch.arange(1, 501), sizes)
+    assert trie.find(codes).equal(trie.leaf_of_item[1:]) and (trie.find(codes[:, [*range(1, len(sizes)), 0]].contiguous()) >= -1).all()
+
+
+def test_a_million_rows_are_found_and_codes_that_are_nowhere_are_not():
+    g = generator()
+    codes = torch.randint(256, (1_000_000, 4), generator=g)
+    made = SemanticIDs(torch.arange(1, 1_000_001), codes, [256] * 4)
+    trie = made.to_trie()
+    assert trie.find(codes).equal(trie.leaf_of_item[1:])
+    other = torch.randint(-1, 258, (1_000_000, 4), generator=g)
+    leaf = trie.find(other)
+    there = torch.isin(other @ 1000 ** torch.arange(4), codes @ 1000 ** torch.arange(4)) & ((other >= 0) & (other < 256)).all(1)
+    assert (leaf >= 0).equal(there) and there.any()
+    first = trie.items[trie.leaf_starts[leaf[there]]]
+    assert made.codes(first).equal(other[there])
+
+
+def test_find_agrees_with_the_children():
+    codes, *_ = random_codes(60, [3, 4, 5])
+    trie = Trie(codes, torch.arange(1, 61), [3, 4, 5])
+    every = torch.cartesian_prod(*(torch.arange(k) for k in (3, 4, 5)))
+    node = torch.zeros(60, dtype=torch.int64)
+    for level in range(3):  # the plain way: compare with every child
+        code, child = trie.children(level, node.clamp(min=0))
+        match = (code == every[:, level, None]) & (child >= 0) & (node >= 0)[:, None]
+        node = torch.where(match.any(1), torch.where(match, child, -1).max(1).values, -1)
+    assert trie.find(every).equal(node) and (node < 0).any() and (node >= 0).any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_published_table_survives_saving_twice(tmp_path, method):
+    codes, vectors, codebooks, ids = random_codes(40, [2, 3, 8])
+    result = resolve(codes, method, ids, vectors, codebooks)
+    sizes = [2, 3, 8, result.report["suffix_size"]] if method == "suffix" else [2, 3, 8]
+    made = SemanticIDs(ids, result.codes, sizes, codes)
+    made.save(tmp_path / "a")
+    SemanticIDs.load(tmp_path / "a").save(tmp_path / "b")
+    read = SemanticIDs.load(tmp_path / "b")
+    assert read == made and read.raw_codes.equal(made.raw_codes)
+    assert (tmp_path / "a" / "semantic_ids.parquet").read_bytes() == (tmp_path / "b" / "semantic_ids.parquet").read_bytes()
+    read.check_coverage(ids)
+    with pytest.raises(InputError, match="1 items without codes, 0 codes"):
+        read.check_coverage([*ids.tolist(), 10_000])
+    with pytest.raises(InputError, match="0 items without codes, 2 codes"):
+        read.check_coverage(ids[2:])
+
+
+def test_raw_codes_of_other_items_are_refused():
+    with pytest.raises(InputError, match="different items"):
+        SemanticIDs([1, 2], [[0], [1]], [2], raw_codes=[[0]])
+
+
 # --- collisions
 
 
@@ -219,19 +299,20 @@ def test_nearest_is_the_cheapest_way_for_the_surplus(sizes, seed):
 @pytest.mark.parametrize("sizes", [[40], [5, 8], [2, 4, 5], [2, 2, 2, 5], [2, 2, 2, 2, 3]])
 @pytest.mark.parametrize("crowded", [False, True])
 @pytest.mark.parametrize("full", [False, True])
-def test_everybody_finds_a_place_up_to_the_last(sizes, crowded, full):
+@pytest.mark.parametrize("method", ["nearest", "sinkhorn"])
+def test_everybody_finds_a_place_up_to_the_last(method, sizes, crowded, full):
     total = int(torch.tensor(sizes).prod())
     n = total if full else total - 3
     codes, vectors, codebooks, ids = random_codes(n, sizes)
     if crowded:
         codes.zero_()  # all items in one tuple: every level overflows
-    result = resolve(codes, "nearest", ids, vectors, codebooks)
+    result = resolve(codes, method, ids, vectors, codebooks)
     assert len(result.codes.unique(dim=0)) == n and result.codes.shape == codes.shape
     assert ((result.codes >= 0) & (result.codes < torch.tensor(sizes))).all()
     assert result.report["after"] == {"duplicate_rate": 0, "collision_rate": 0, "largest_group": 1}
     assert result.moved.equal((result.codes != codes).any(1)) and result.report["moved"] == int(result.moved.sum())
     order = torch.randperm(n, generator=generator(1))
-    again = resolve(codes[order], "nearest", ids[order], vectors[order], codebooks)
+    again = resolve(codes[order], method, ids[order], vectors[order], codebooks)
     assert again.codes.equal(result.codes[order]) and again.collision_rank.equal(result.collision_rank[order])
 
 
@@ -246,10 +327,136 @@ def test_overflow_leaves_by_regret_then_by_the_later_id():
     assert len(result.codes.unique(dim=0)) == 5 and result.report["spilled"] == 2
 
 
+@st.composite
+def catalogues(draw):
+    "(codes, vectors, codebooks, ids): up to a full tuple space, often crowded."
+    sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    room = int(torch.tensor(sizes).prod())
+    codes, vectors, codebooks, ids = random_codes(draw(st.integers(1, min(room, 40))), sizes, seed=draw(st.integers(0, 99)))
+    return codes % draw(st.integers(1, 5)), vectors, codebooks, ids
+
+
+@few
+@given(catalogues(), st.sampled_from(METHODS), st.integers(0, 99))
+def test_whatever_the_method(catalogue, method, seed):
+    codes, vectors, codebooks, ids = catalogue
+    result, report = (r := resolve(codes, method, ids, vectors, codebooks)), r.report
+    assert method == "none" or len(result.codes.unique(dim=0)) == len(codes)
+    assert ((result.codes >= 0) & (result.codes < torch.tensor([*map(len, codebooks), 99])[: result.codes.shape[1]])).all()
+    order = torch.randperm(len(codes), generator=generator(seed))
+    again = resolve(codes[order], method, ids[order], vectors[order], codebooks)
+    assert again.codes.equal(result.codes[order]) and again.report == report
+    changed = result.codes[:, : codes.shape[1]] != codes
+    assert result.moved.equal(changed.any(1)) and report["moved"] == int(changed.any(1).sum())
+    assert report["moved_by_level"] == pytest.approx(changed.float().mean(0).tolist()) and report["spilled"] == int(changed[:, :-1].any(1).sum())
+    assert report["share_moved"] == pytest.approx(report["moved"] / len(codes))
+    error = [float((vectors - sum(b[c[:, i]] for i, b in enumerate(codebooks))).square().sum(1).mean()) for c in (codes, result.codes)]
+    assert report["added_error"] == result.added_error == pytest.approx(error[1] - error[0], abs=1e-4)
+    assert report["relative_added_error"] == pytest.approx(report["added_error"] / report["error_before"])
+    if method in ("suffix", "none"):
+        assert report["moved"] == report["added_error"] == 0
+
+
+@few
+@given(catalogues())
+def test_of_each_bucket_the_first_by_id_stays_unless_its_prefix_overflows(catalogue):
+    codes, vectors, codebooks, ids = catalogue
+    result = resolve(codes, "nearest", ids, vectors, codebooks)
+    if not result.report["spilled"]:
+        first = result.collision_rank == 0
+        assert result.codes[first].equal(codes[first]) and result.moved.equal(~first)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sinkhorn_leaves_prefixes_without_collisions_alone(seed):
+    codes, vectors, codebooks, ids = random_codes(40, [4, 4, 12], seed=seed)
+    result = resolve(codes, "sinkhorn", ids, vectors, codebooks)
+    assert not result.report["spilled"] and result.codes[:, :2].equal(codes[:, :2])
+    number = prefix_ids(codes)
+    crowded = torch.isin(number[:, 1], number[result.collision_rank > 0, 1])
+    assert result.codes[~crowded].equal(codes[~crowded]) and crowded.any() and (~crowded).any()
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.3])
+def test_sinkhorn_moves_all_items_of_a_prefix_at_little_more_than_the_least_cost(temperature):
+    from scipy.optimize import linear_sum_assignment
+
+    cost, least, nearest = 0.0, 0.0, 0.0
+    for seed in range(20):
+        codes, vectors, codebooks, ids = random_codes(8, [1, 16], seed=seed)
+        residual = vectors - codebooks[0][codes[:, 0]]
+        distances = torch.cdist(residual.double(), codebooks[1].double()).square()
+        codes[:, 1] = distances.argmin(1)
+        if len(codes[:, 1].unique()) == len(codes):
+            continue
+        shared = resolve(codes, "sinkhorn", ids, vectors, codebooks, temperature=temperature, iterations=500).codes[:, 1]
+        cost += float(distances.gather(1, shared[:, None]).sum())
+        least += float(distances.numpy()[linear_sum_assignment(distances.numpy())].sum())
+        nearest += float(distances.gather(1, resolve(codes, "nearest", ids, vectors, codebooks).codes[:, 1:]).sum())
+    assert least <= cost <= 1.02 * least < nearest and cost < nearest
+
+
+def test_the_plan_gives_every_item_its_mass_and_no_code_too_much():
+    g = generator()
+    cost, there = torch.rand(5, 8, 16, generator=g, dtype=torch.float64), torch.arange(8) < torch.tensor([2, 3, 5, 8, 7])[:, None]
+    plan = share_scores(cost, there, temperature=0.2, iterations=2000).softmax(2) * there[..., None]
+    assert plan.sum(1).max() < 1.01 and torch.allclose(plan.sum(2)[there], torch.ones(25, dtype=torch.float64))
+    padded = torch.cat([cost, torch.rand(5, 3, 16, generator=g, dtype=torch.float64)], 1)
+    wider = share_scores(padded, torch.arange(11) < there.sum(1, keepdim=True), temperature=0.2, iterations=2000).softmax(2)[:, :8] * there[..., None]
+    assert torch.allclose(plan, wider, atol=1e-9)  # padding changes nothing
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-2, 1.0, 100.0])
+def test_no_temperature_breaks_sinkhorn(temperature):
+    codes, vectors, codebooks, ids = random_codes(300, [2, 256])
+    codes[:, 1] = 7  # all in two buckets
+    result = resolve(codes, "sinkhorn", ids, vectors, codebooks, temperature=temperature, iterations=300)
+    assert len(result.codes.unique(dim=0)) == 300 and result.codes[:, 0].equal(codes[:, 0])
+
+
+def test_equal_vectors_and_equal_distances_are_shared_out_too():
+    codebooks, nothing = [torch.zeros(2, 3), torch.zeros(8, 3)], torch.zeros(11, 2, dtype=torch.int64)
+    result = resolve(nothing, "sinkhorn", None, torch.zeros(11, 3), codebooks)
+    assert len(result.codes.unique(dim=0)) == 11 and result.report["added_error"] == 0 and result.report["relative_added_error"] is None
+    result = resolve(nothing, "sinkhorn", None, torch.ones(11, 3), codebooks)  # all distances equal, and not 0; places stay empty
+    assert len(result.codes.unique(dim=0)) == 11 and result.report["relative_added_error"] == 0
+
+
+@pytest.mark.parametrize("method", ["nearest", "sinkhorn"])
+def test_equal_vectors_are_told_apart_by_id_whatever_the_threads(method):
+    x = tree(60, noise=0.5).repeat(7, 1)  # seven copies of each item
+    model = RQKMeans.fit(x, n_layers=2, n_clusters=24)
+    codes, ids, before = model.codes(x), torch.randperm(len(x), generator=generator()) + 1, torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            order = torch.randperm(len(x), generator=generator(threads))
+            result = resolve(codes[order], method, ids[order], x[order], model.codebooks)
+            results.append(result.codes[torch.argsort(order)])
+    finally:
+        torch.set_num_threads(before)
+    assert results[0].equal(results[1]) and len(results[0].unique(dim=0)) == len(x)
+
+
+def test_latents_and_trained_codebooks_are_taken_as_they_are():
+    codes, vectors, codebooks, ids = random_codes(30, [4, 16])
+    plain = resolve(codes, "sinkhorn", ids, vectors, codebooks)
+    latents, parameters = vectors.clone().requires_grad_(), [torch.nn.Parameter(c) for c in codebooks]
+    for method in METHODS:
+        result = resolve(codes, method, ids, latents, parameters)
+        assert result.report == resolve(codes, method, ids, vectors.numpy(), codebooks).report
+    assert plain.codes.equal(resolve(codes, "sinkhorn", ids, latents, parameters).codes)
+    shift = torch.ones(3)  # only differences from the codebooks count
+    assert plain.codes.equal(resolve(codes, "sinkhorn", ids, vectors + shift, [codebooks[0] + shift, codebooks[1]]).codes)
+    with pytest.raises(InputError, match="not in the space of the codebooks"):
+        resolve(codes, "nearest", ids, torch.zeros(30, 4), codebooks)
+
+
 def test_nothing_changes_where_nothing_collides():
     codes = torch.cartesian_prod(torch.arange(4), torch.arange(5))[torch.randperm(20, generator=generator())][:13]
     _, vectors, codebooks, ids = random_codes(13, [4, 5])
-    for method in ("nearest", "none"):
+    for method in ("nearest", "sinkhorn", "none"):
         result = resolve(codes, method, ids, vectors, codebooks)
         assert result.codes.equal(codes) and not result.moved.any() and result.added_error == 0
 
@@ -262,7 +469,7 @@ def test_suffix_counts_by_item_id():
     assert result.report["before"] == {"duplicate_rate": 0.5, "collision_rate": 0.75, "largest_group": 3}
 
 
-@pytest.mark.parametrize("method", ["nearest", "suffix"])
+@pytest.mark.parametrize("method", ["nearest", "suffix", "sinkhorn"])
 def test_more_items_than_tuples_are_refused(method):
     codes, vectors, codebooks, ids = random_codes(13, [3, 4])
     with pytest.raises(InputError, match="13 items, 12 tuples"):
@@ -322,6 +529,8 @@ def test_beauty(data):
     assert 0 < bucket_counts(codes)["duplicate_rate"] < 0.15
     result = resolve(codes, "nearest", ids, model.transform(x), model.codebooks)
     assert len(result.codes.unique(dim=0)) == len(x) == 12_101
+    shared = resolve(codes, "sinkhorn", ids, model.transform(x), model.codebooks)
+    assert len(shared.codes.unique(dim=0)) == len(x) and shared.added_error < result.added_error < 0.03 * result.report["error_before"]
     assert check_health(health_table(result.codes, model.sizes)) == []
     standardised = RQKMeans.fit(x, n_layers=2, n_clusters=64, standardize=True)  # columns 127 and 223 are constant
     assert torch.isfinite(standardised.decode(standardised.codes(x))).all() and (standardised.scale == 0).sum() >= 2

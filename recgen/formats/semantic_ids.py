@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SemanticIDs', 'check_codes', 'code_matrix', 'load_json', 'load_parquet', 'check_item_ids']
 
-# %% ../../nbs/formats/03_semantic_ids.ipynb #928b5c51
+# %% ../../nbs/formats/03_semantic_ids.ipynb #e04b239c
 import re
 from pathlib import Path
 
@@ -19,9 +19,9 @@ from ..core.errors import InputError
 from ..core.files import read_json, read_parquet, write_json, write_parquet
 from ..core.run import verify_file
 from .embeddings import is_list
-from .trie import Trie, lexicographic_order, prefix_nodes
+from .trie import Trie, prefix_ids, rank_in_group
 
-# %% ../../nbs/formats/03_semantic_ids.ipynb #4b1de593
+# %% ../../nbs/formats/03_semantic_ids.ipynb #3474a603
 class SemanticIDs:
     "Codes of items, ascending by item id, and the way back."
 
@@ -37,6 +37,8 @@ class SemanticIDs:
         codes = torch.as_tensor(codes, dtype=torch.int64)
         sizes = [int(s) for s in (sizes if sizes is not None else codes.max(0).values + 1)] if codes.numel() else list(sizes or [])
         check_codes(item_ids, codes, sizes, file)
+        if raw_codes is not None and len(raw_codes) != len(codes):
+            raise InputError("raw codes and codes are of different items", file=file, column="raw_codes", found=f"{len(raw_codes)} and {len(codes)} rows")
         order = torch.argsort(item_ids, stable=True)
         self.item_ids, self._codes, self.sizes = item_ids[order], codes[order], sizes
         self.raw_codes = torch.as_tensor(raw_codes, dtype=torch.int64)[order] if raw_codes is not None else self._codes
@@ -85,20 +87,11 @@ class SemanticIDs:
 
     def groups(self, codes=None):
         "(N,) number of the group of items with equal codes, in the order of item ids; `raw_codes` may be given instead."
-        codes = self._codes if codes is None else codes
-        order = lexicographic_order(codes)
-        group = torch.empty(len(codes), dtype=torch.int64)
-        group[order] = prefix_nodes(codes[order])[:, -1]
-        return group
+        return prefix_ids(self._codes if codes is None else codes)[:, -1]
 
     def collision_rank(self):
         "(N,) 0 for the first item (by id) with its codes, 1 for the second …"
-        group = self.groups()
-        order = torch.argsort(group, stable=True)
-        starts = torch.cat([group.new_zeros(1), torch.bincount(group).cumsum(0)[:-1]])
-        rank = torch.empty_like(group)
-        rank[order] = torch.arange(len(group)) - starts[group[order]]
-        return rank
+        return rank_in_group(self.groups())
 
     def check_coverage(self, catalogue, file=None):
         "InputError unless exactly the catalogue's items have codes."

@@ -7,7 +7,7 @@ __all__ = ['code_counts', 'entropy_bits', 'use_table', 'collision_table', 'pair_
            'neighbour_preservation', 'health_table', 'summary', 'check_health', 'plot_code_use', 'plot_item_map',
            'nearest_titles']
 
-# %% ../../nbs/tokens/02_health.ipynb #b3985327
+# %% ../../nbs/tokens/02_health.ipynb #7ef0b83e
 import math
 
 import matplotlib.pyplot as plt
@@ -16,7 +16,7 @@ import torch
 
 from ..core.errors import InputError
 from ..core.neighbours import nearest_neighbours
-from .collisions import prefix_ids
+from ..formats.trie import prefix_ids
 from .rqkmeans import decode_codes
 
 # %% ../../nbs/tokens/02_health.ipynb #c889be26
