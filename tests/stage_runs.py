@@ -14,7 +14,7 @@ REPO = Path(__file__).parent.parent
 NOTEBOOKS = REPO / "nbs"
 TINY = {
     "00_data": {"n_users": 300, "n_items": 200, "name": "tiny"},
-    "03_tokenizer": {"n_layers": 3, "n_clusters": 16},
+    "03_tokenizer": {"mode": "kmeans", "n_layers": 3, "n_clusters": 16},
     "04_tiger": {"epochs": 3, "batch_size": 64, "valid_users": 100, "eval_every": 1, "embedding_dim": 32, "attn_dim": 32, "num_heads": 2, "ff_dim": 64},
 }
 

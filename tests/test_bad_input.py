@@ -783,7 +783,7 @@ def finished(tmp_path_factory):
     emb = pa.table({"ItemID": range(1, 13), "embedding": list(rng.normal(size=(12, 4)).astype(np.float32))})
     source = put(folder / "source", sequences__txt=SEQUENCES, items__jsonl=LINES, item_emb__parquet=emb)
     run_stage("00_data", source="sequences", data_path=str(source), output_dir=str(folder / "data"))
-    run_stage("03_tokenizer", data_path=str(folder / "data"), output_dir=str(folder / "ids"), n_layers=2, n_clusters=4)
+    run_stage("03_tokenizer", data_path=str(folder / "data"), output_dir=str(folder / "ids"), mode="kmeans", n_layers=2, n_clusters=4)
     for name in ("data", "ids"):
         assert (folder / name / "manifest.json").exists()
     return folder
@@ -820,11 +820,20 @@ def test_00_data_names_the_file_that_the_user_wrote(runs, tmp_path):
     case("K over the vectors", dict(n_clusters=13), InputError, "more codes than distinct vectors", dict(column="n_clusters", found="12 distinct", expected="12", mend="-p n_clusters")),
     case("no device", dict(device="cuda:99"), ParameterError, "there is no device", dict(column="device")),
     case("no such choice", dict(mode="magic"), ParameterError, "not allowed", dict(column="mode", found="magic", expected="kmeans")),
-    case("not built", dict(mode="tiger"), ParameterError, "not built", dict(column="mode")),
+    case("K of the RQ-VAE over the vectors", dict(mode="tiger", n_embed=13), InputError, "more codes than distinct vectors", dict(column="n_embed", found="12 distinct", mend="-p n_embed")),
+    case("more items than tuples", dict(n_layers=1), InputError, "more items than different tuples", dict(column="n_layers, n_clusters", found="12 items, 4^1")),
+    case("gumbel with means", dict(mode="tiger", n_embed=4, quantize="gumbel"), ParameterError, "by gradient", dict(column="quantize, use_ema", mend="use_ema false")),
+    case("balanced RQ-VAE", dict(mode="tiger", n_embed=4, balanced=True), ParameterError, "balanced is of mode kmeans", dict(mend="mode kmeans")),
+    case("raw vectors", dict(mode="tiger", n_embed=4, standardize="no"), ParameterError, "standardises its input", dict(column="standardize, mode")),
+    case("stopping the last", dict(select="last", early_stop_patience=3), ParameterError, "not chosen by validation", dict(mend="select reconstruction")),
+    case("a decay of one", dict(ema_decay=1), ParameterError, "not allowed", dict(column="ema_decay", expected="less than 1")),
+    case("no half precision here", dict(mode="tiger", n_embed=4, precision="fp16"), ParameterError, "fp16 needs a CUDA device", dict(column="precision")),
+    case("nothing to append to", dict(append_to="nowhere"), InputError, "", dict(file="nowhere")),
+    case("no table to compare", dict(compare_ids="nowhere/*.tsv"), InputError, "there is no such table", dict(column="compare_ids")),
     case("wrong type", dict(n_layers="two"), ParameterError, "wrong type", dict(column="n_layers", found="two", expected="int")),
 ])
 def test_03_tokenizer_refuses_before_it_touches_a_folder(finished, runs, params, kind, problem, parts):
-    given = dict(data_path=str(finished / "data"), n_layers=2, n_clusters=4) | params
+    given = dict(data_path=str(finished / "data"), mode="kmeans", n_layers=2, n_clusters=4) | params
     refused(lambda: run_stage("03_tokenizer", **given), finished, problem, kind, **parts)
     assert not list(runs.iterdir())
     refused(lambda: run_stage("03_tokenizer", **given, output_dir=str(finished / "ids"), overwrite=True), finished, problem, kind)
@@ -852,6 +861,6 @@ def test_a_stage_refuses_an_exchanged_input(finished, runs, tmp_path):
     copy = shutil.copytree(finished / "data", tmp_path / "data")
     table = pq.read_table(copy / "item_emb.parquet")
     pq.write_table(table.set_column(1, "embedding", pa.array([v[::-1] for v in table["embedding"].to_pylist()])), copy / "item_emb.parquet")
-    refused(lambda: run_stage("03_tokenizer", data_path=str(copy), n_layers=2, n_clusters=4), copy, "not the file that its run wrote", file="item_emb.parquet")
+    refused(lambda: run_stage("03_tokenizer", data_path=str(copy), mode="kmeans", n_layers=2, n_clusters=4), copy, "not the file that its run wrote", file="item_emb.parquet")
     refused(lambda: run_stage("04_tiger", data_path=str(copy), semantic_ids=str(finished / "ids")), copy, "not the file that dataset.json describes", file="item_emb.parquet")
     assert not list(runs.iterdir())

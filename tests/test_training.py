@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_tasks import Curve, settings, train_everything, train_slowly
+from toy_tasks import RQVAES, Curve, settings, train_everything, train_slowly
 
 from recgen.core.errors import InputError, ParameterError, RunError
 from recgen.core.files import read_torch
@@ -194,7 +194,7 @@ def one_and_two(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*(f"curve{size}" for size in BATCH_SIZES), "often", "tiger"])
+@pytest.mark.parametrize("name", [*(f"curve{size}" for size in BATCH_SIZES), "often", "tiger", *RQVAES])
 def test_two_processes_are_one(name, one_and_two):
     a, b = (read_torch(folder / name / "checkpoints" / "last.pt") for folder in one_and_two)
     for key in a["model"]:

@@ -14,7 +14,10 @@ from recgen.formats.semantic_ids import SemanticIDs
 from recgen.retrieval.sequences import token_table
 from recgen.retrieval.training import train_tiger
 from recgen.retrieval.transformer import TigerConfig
+from recgen.tokens.rqkmeans import column_scale, standardized
+from recgen.tokens.rqvae import RqVaeConfig, train_rqvae
 
+RQVAES = {"rqvae": {}, "rqvae_by_gradient": {"use_ema": False}}
 N = 70  # samples: no multiple of any batch size used here
 
 
@@ -75,6 +78,22 @@ def train_ring(folder, path="exact", batch_size=13):
     return train_tiger(TigerConfig(ids.sizes, 16, 16, 2, 32, 1, 1, dropout=0.0), how, sequences, table, trie, valid, path, 20, folder)
 
 
+def item_vectors(n=300, width=12, seed=0):
+    "Vectors of a few noisy groups, standardised, with their mean and scale."
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(20, width, generator=g)[torch.randint(20, (n,), generator=g)] + 0.5 * torch.randn(n, width, generator=g)
+    mean, scale = column_scale(x, standardize=True)
+    return x, standardized(x, mean, scale), mean, scale
+
+
+def train_small_rqvae(folder=None, batch_size=60, config=None, select="reconstruction", bound=0.0, valid_share=0.1, **changes):
+    "An RQ-VAE of 3 levels of 8 codes."
+    _, x, mean, scale = item_vectors()
+    shape = RqVaeConfig(**{"width": 12, "latent_dim": 4, "n_layers": 3, "n_embed": 8, "hidden": [16], **(config or {})})
+    how = TrainSettings(**{"epochs": 6, "batch_size": batch_size, "learning_rate": 3e-3, "device": "cpu", **changes})
+    return train_rqvae(shape, how, x, mean, scale, valid_share, select, bound, folder)
+
+
 def forbid_writing():
     "Only rank 0 may write: in any other process writing is an error."
     def refuse(*args):
@@ -91,6 +110,8 @@ def train_everything(folder, batch_sizes):
         fit(Curve(size, dropout=0.0), settings(gradient_accumulate_every=2), Path(folder) / f"curve{size}")
     fit(Curve(16, dropout=0.0), settings(gradient_accumulate_every=1, save_minutes=0.0), Path(folder) / "often")
     train_ring(Path(folder) / "tiger")
+    for name, config in RQVAES.items():
+        train_small_rqvae(Path(folder) / name, config=config)
 
 
 if __name__ == "__main__":

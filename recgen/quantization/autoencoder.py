@@ -12,17 +12,20 @@ import torch
 
 from .residual import Quantized, ResidualQuantizer, start_codebooks
 
-# %% ../../nbs/quantization/05_autoencoder.ipynb #fd007607
+# %% ../../nbs/quantization/05_autoencoder.ipynb #3cef7f44
 def layer_stack(
     widths,  # of input, hidden layers, output
+    gain: float = 0.75,  # deviation of the first weights, in 1 / √inputs
 ):
     "Linear layers without bias, SiLU between them."
     layers = []
     for a, b in pairwise(widths):
-        layers += [torch.nn.Linear(a, b, bias=False), torch.nn.SiLU()]
+        linear = torch.nn.Linear(a, b, bias=False)
+        torch.nn.init.normal_(linear.weight, std=gain / a**0.5)
+        layers += [linear, torch.nn.SiLU()]
     return torch.nn.Sequential(*layers[:-1])
 
-# %% ../../nbs/quantization/05_autoencoder.ipynb #3afd9a15
+# %% ../../nbs/quantization/05_autoencoder.ipynb #3181d8cc
 class QuantizedAutoencoder(torch.nn.Module):
     "Encoder, residual codebooks, decoder. Inputs are standardised already."
 
@@ -32,11 +35,12 @@ class QuantizedAutoencoder(torch.nn.Module):
         latent_dim: int,  # of the codebooks
         sizes,  # codes of each level
         hidden=(512, 256, 128),  # widths between input and latent
+        init_gain: float = 0.75,  # see layer_stack
         **options,  # ResidualQuantizer's
     ):
         super().__init__()
         widths = [width, *hidden, latent_dim]
-        self.encoder, self.decoder = layer_stack(widths), layer_stack(widths[::-1])
+        self.encoder, self.decoder = layer_stack(widths, init_gain), layer_stack(widths[::-1], init_gain)
         self.quantizer = ResidualQuantizer(sizes, latent_dim, **options)
 
     def forward(self, x):  # (B, width) -> (B,) squared reconstruction error, (B,) codebook loss, (B,) squared distance from the codes

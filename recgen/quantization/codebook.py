@@ -30,7 +30,7 @@ def smoothed_counts(
     total = counts.sum()
     return (counts + epsilon) * (total / (total + len(counts) * epsilon))
 
-# %% ../../nbs/quantization/03_codebook.ipynb #d355a240
+# %% ../../nbs/quantization/03_codebook.ipynb #6896697d
 class Codebook(torch.nn.Module):
     "K vectors that follow what they serve, by running means (`use_ema`) or by the gradient of a loss; dead codes restart."
 
@@ -66,14 +66,16 @@ class Codebook(torch.nn.Module):
     @torch.no_grad()
     def observe(self, x, codes):
         "Learn from a batch: (B, D) vectors and the (B,) codes that served them, over all processes."
-        served = torch.zeros(len(x), len(self.vectors), device=x.device).scatter_(1, codes[:, None], 1)
+        served = x.new_zeros(len(x), len(self.vectors)).scatter_(1, codes[:, None], 1)
         seen = sum_over_processes(torch.cat([served.sum(0)[:, None], served.T @ x], 1))  # (K, 1 + D)
-        self.counts.lerp_(seen[:, 0], 1 - self.decay)
+        done = int(self.steps)
+        weight = 1 - min(self.decay, (1 + done) / (10 + done))  # the first steps move much, and a memory of 100 steps would lag behind
+        self.counts.lerp_(seen[:, 0], weight)
         if self.use_ema:
-            self.sums.lerp_(seen[:, 1:], 1 - self.decay)
+            self.sums.lerp_(seen[:, 1:], weight)
             self.vectors.copy_(self.sums / smoothed_counts(self.counts)[:, None])
         self.steps += 1
-        if self.dead_share and int(self.steps) % self.check_every == 0:
+        if self.dead_share and (done + 1) % self.check_every == 0:
             share = float(seen[:, 0].sum()) / len(self.vectors)
             dead = (self.counts < self.dead_share * share).nonzero()[:, 0]
             if len(dead):
@@ -116,13 +118,15 @@ def rotate_onto(
     turned = z - 2 * (z * middle).sum(1, keepdim=True) * middle + 2 * (z * u).sum(1, keepdim=True) * v
     return target / length * turned
 
-# %% ../../nbs/quantization/03_codebook.ipynb #dda59ef8
+# %% ../../nbs/quantization/03_codebook.ipynb #d20e80d9
 def gumbel_weights(
     scores,  # (B, K) squared distances, up to a constant a row
     temperature: float,
 ):  # (B, K) one-hot, with the gradient of the softmax
-    "A code drawn with probability ∝ exp(−distance), as weights that pass a gradient (arXiv 1611.01144)."
-    return torch.nn.functional.gumbel_softmax(-scores, tau=temperature, hard=True)
+    "A code drawn with probability ∝ exp(−distance / temperature), as weights that pass a gradient (arXiv 1611.01144)."
+    gap = scores - scores.detach().amin(1, keepdim=True)
+    unit = gap.detach().mean().clamp(min=1e-30) / (2 * math.log(max(2, scores.shape[1])))  # K codes at the mean gap weigh 1/K together at temperature 1
+    return torch.nn.functional.gumbel_softmax(-gap / (unit * temperature), hard=True)
 
 
 def annealed(

@@ -25,7 +25,7 @@ from ..quantization.kmeans import check_vectors
 from .collisions import bucket_counts
 from .rqkmeans import RQKMeans, decode_codes, standardized
 
-# %% ../../nbs/tokens/03_rqvae.ipynb #07b3548d
+# %% ../../nbs/tokens/03_rqvae.ipynb #cdd5a19e
 @dataclass
 class RqVaeConfig:
     "What an RQ-VAE is made of: plain data, saved with it."
@@ -40,9 +40,10 @@ class RqVaeConfig:
     ema_decay: float = 0.99
     quantize: str = "ste"  # ste, rotation, gumbel, sinkhorn
     dead_share: float = 0.1  # a code under this share of an even load restarts; 0 = never
+    init_gain: float = 0.75  # size of the first weights: smaller means fewer duplicates, larger a better reconstruction (quantization.autoencoder)
     total_steps: int = 0  # of the training: gumbel's temperature falls over them
 
-# %% ../../nbs/tokens/03_rqvae.ipynb #a312283a
+# %% ../../nbs/tokens/03_rqvae.ipynb #632e75d5
 class RqVae(QuantizedAutoencoder):
     "An RQ-VAE with the scaling of its input. `codes`, `decode` and the rest read as RQKMeans's do."
 
@@ -50,7 +51,7 @@ class RqVae(QuantizedAutoencoder):
 
     def __init__(self, config: RqVaeConfig, mean=None, scale=None):
         c = config
-        super().__init__(c.width, c.latent_dim, [c.n_embed] * c.n_layers, c.hidden, quantize=c.quantize, use_ema=c.use_ema, ema_decay=c.ema_decay,
+        super().__init__(c.width, c.latent_dim, [c.n_embed] * c.n_layers, c.hidden, c.init_gain, quantize=c.quantize, use_ema=c.use_ema, ema_decay=c.ema_decay,
                          dead_share=c.dead_share, total_steps=c.total_steps)
         self.config, self.report = config, []
         self.register_buffer("mean", torch.zeros(c.width) if mean is None else mean.clone())
