@@ -26,7 +26,7 @@ def cluster_sums(
     counts = torch.bincount(labels, minlength=k)
     return torch.nn.functional.embedding_bag(order, x, counts.cumsum(0) - counts, mode="sum"), counts
 
-# %% ../../nbs/quantization/00_kmeans.ipynb #ba219815
+# %% ../../nbs/quantization/00_kmeans.ipynb #ba3f5803
 def first_of_equal(
     x,  # (K, D)
 ):  # (≤ K,) int64, ascending
@@ -43,30 +43,34 @@ def assign(
     x,  # (N, D) float32 vectors
     centres,  # (K, D) float32
     block: int = 0,  # rows of a block; 0 = as many as keep it in the cache
+    prices=None,  # (K,) float32 ≥ 0, added to the squared distances when centres are compared; None = all 0
 ):  # (N,) int64 labels, (N,) float32 squared distances
-    "The nearest centre of every vector, equal in every batch; ties go to the lowest index. Distances are exact, not by the product."
-    keep = first_of_equal(centres)
-    distinct = centres[keep]
+    "The nearest centre of every vector, equal in every batch; ties go to the lowest index. Distances are exact, not by the product, and without price."
+    keep = first_of_equal(centres if prices is None else torch.cat([centres, prices[:, None]], 1))
+    distinct, prices = centres[keep], None if prices is None else prices[keep]
     labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
     distances = torch.empty(len(x), dtype=torch.float32, device=x.device)
     for first, part, scores in score_blocks(x, distinct, block):
         rows = slice(first, first + len(part))
+        if prices is not None:
+            scores += prices
         best, label = scores.min(1)
         norms = torch.linalg.vector_norm(part, dim=1).square_()
         scores.scatter_(1, label[:, None], torch.inf)
         close = (scores.amin(1) - best <= 1e-5 * (2 * norms + (norms + best).clamp(min=0))).nonzero()[:, 0]
         if len(close):
-            label[close] = _assign_in_double(x[rows][close], distinct)
+            label[close] = _assign_in_double(x[rows][close], distinct, prices)
         labels[rows] = keep[label]
         distances[rows] = (x[rows] - distinct[label]).square_().sum(1)
     return labels, distances
 
 
-def _assign_in_double(x, centres):
+def _assign_in_double(x, centres, prices):
     "(R,) nearest centre of a few vectors, in float64."
     shift = centres.double().mean(0)
     centres = centres.double() - shift
-    return torch.addmm(centres.square().sum(1), x.double() - shift, centres.T, alpha=-2).argmin(1)
+    offset = centres.square().sum(1) if prices is None else centres.square().sum(1) + prices.double()
+    return torch.addmm(offset, x.double() - shift, centres.T, alpha=-2).argmin(1)
 
 # %% ../../nbs/quantization/00_kmeans.ipynb #9d99179e
 def draw(
@@ -124,7 +128,7 @@ def _complete(x, chosen, k):
         chosen = torch.cat([chosen, left[first_of_equal(x[left])][: k - len(chosen)]])
     return chosen
 
-# %% ../../nbs/quantization/00_kmeans.ipynb #d39008f8
+# %% ../../nbs/quantization/00_kmeans.ipynb #e45c5aec
 @dataclass
 class KMeansResult:
     "A fit: what it found, and how it went."
@@ -135,6 +139,9 @@ class KMeansResult:
     iterations: int  # of Lloyd, over all phases
     reseeded: int  # centres moved because their cluster was empty
     unused: int  # centres that serve no vector
+    prices: torch.Tensor = None  # (K,) float32 of a balanced fit: labels are assign(x, centres, prices=prices)
+    largest: int = 0  # vectors of the largest cluster of a balanced fit
+    capacity: int = 0  # what it was to hold at most
 
 
 def reseed_empty(
@@ -175,7 +182,7 @@ def lloyd(
         before = error
     return centres, iterations, reseeded
 
-# %% ../../nbs/quantization/00_kmeans.ipynb #3e87157c
+# %% ../../nbs/quantization/00_kmeans.ipynb #4ee2b882
 def check_vectors(
     x,  # (N, D) numbers: tensor, array, nested lists
     name: str = "vectors",  # what the message calls them
@@ -191,7 +198,7 @@ def check_vectors(
                          mend="make these vectors again, or leave their items out")
     return x
 
-
+# %% ../../nbs/quantization/00_kmeans.ipynb #59b712eb
 def starting_centres(x, k, generator, init="kmeans++"):
     "(≤ K, D) centres to start from: drawn as `init` says, or given as a tensor."
     if isinstance(init, torch.Tensor):
@@ -210,27 +217,28 @@ def fit_kmeans(
     max_iters: int = 100,  # of Lloyd, in each phase
     tol: float = 1e-4,  # a phase ends when the error falls by a smaller share than this
     init="kmeans++",  # or "random", or (K, D) centres to start from
-    sample: int = 0,  # vectors of the first phase; 0 = 64·K
+    sample: int = 0,  # vectors of the first phase, a quarter of which is seeded from; 0 = 64·K
     allow_unused: bool = False,  # more centres than distinct vectors: keep copies that serve nobody
-    dtype=torch.float32,  # of the products before the last phase
+    dtype=torch.float32,  # of the products before the last iteration
 ) -> KMeansResult:
     "k-means with greedy seeding. Raises InputError on NaN, or where `k` exceeds the distinct vectors and unused centres are not allowed."
     x = check_vectors(x)
     generator = generator or torch.Generator().manual_seed(0)
     size = sample or 64 * k
-    part = x[torch.randperm(len(x), generator=generator)[:size].sort().values.to(x.device)] if size < len(x) else x
-    centres = starting_centres(part, k, generator, init)
-    if len(centres) < k and part is not x:  # a sample of many equal vectors: perhaps all of them are enough
-        part = x
-        centres = starting_centres(x, k, generator, init)
+    part = x[torch.randperm(len(x), generator=generator)[:size].to(x.device)] if size < len(x) else x
+    pools = [x] if part is x else [part[: max(k, size // 4, 1 << 14)], part, x]
+    for pool in pools:
+        centres = starting_centres(pool, k, generator, init)
+        if len(centres) == k:  # else many of them are equal: perhaps a larger pool has enough
+            break
     if len(centres) < k and not allow_unused:
         raise InputError("more centres than distinct vectors", found=f"K={k}, {len(centres)} distinct vectors of {len(x)}", expected="K ≤ distinct vectors",
                          mend="lower n_clusters (n_embed), or give more vectors")
-    phases = [(part, dtype)] if part is not x else []
-    phases += [(x, dtype)] + ([(x, torch.float32)] if dtype != torch.float32 else [])
+    phases = [(part, max_iters, max(tol, 1e-3), dtype)] if part is not x else []
+    phases += [(x, max_iters, tol, dtype)] + ([(x, 1, tol, torch.float32)] if dtype != torch.float32 else [])
     iterations = reseeded = 0
-    for vectors, kind in phases:
-        centres, n, moved = lloyd(vectors, centres, max_iters, tol, kind)
+    for vectors, most, settled, kind in phases:
+        centres, n, moved = lloyd(vectors, centres, most, settled, kind)
         iterations, reseeded = iterations + n, reseeded + moved
     labels, distances = assign(x, centres)
     centres = centres[torch.arange(k, device=x.device) % len(centres)]
