@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 
 REPO = Path(__file__).parent.parent
@@ -88,3 +89,22 @@ def tiny(stage: str) -> Path:
     before = {"00_data": {}, "03_tokenizer": {"data_path": "00_data"}, "04_tiger": {"data_path": "00_data", "semantic_ids": "03_tokenizer"}}
     joined = {name: f"../{tiny(other).relative_to(workplace())}" for name, other in before[stage].items()}
     return run(stage, workplace() / stage, **TINY[stage], **joined, output_dir="out")
+
+
+def run_stage(stage: str, whole: bool = False, **params) -> dict:
+    "The code cells of a stage notebook in this process, up to the end of the run, or `whole`, with what it shows. Returns the notebook's names."
+    cells = [c for c in nbformat.read(NOTEBOOKS / f"{stage}.ipynb", 4).cells if c.cell_type == "code"]
+    at = next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", []))
+    names = {"__name__": "__main__", "display": lambda *a, **k: None}
+    for i, cell in enumerate(cells):
+        if i < at and not cell.source.startswith("#| export") and "import params_from" not in cell.source:
+            continue  # examples
+        exec(compile(cell.source, f"{stage}, cell {i}", "exec"), names)
+        if i == at:
+            unknown = set(params) - set(names["__annotations__"])
+            assert not unknown, unknown
+            names.update(params)
+        if not whole and getattr(names.get("run"), "finished", False):
+            break
+    plt.close("all")
+    return names

@@ -11,13 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from stage_runs import run_stage
 
 from recgen.core.device import resolve_device
 from recgen.core.errors import InputError, ParameterError, RunError
@@ -751,24 +751,6 @@ def test_histories_that_hold_something_else(tmp_path):
 
 
 # --- whole stages: refused before anything is written
-
-
-def run_stage(stage: str, **params) -> dict:
-    "The code cells of a stage notebook in this process, up to the end of the run. Returns the notebook's names."
-    cells = [c for c in nbformat.read(ROOT / "nbs" / f"{stage}.ipynb", 4).cells if c.cell_type == "code"]
-    at = next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", []))
-    names = {"__name__": "__main__", "display": lambda *a, **k: None}
-    for i, cell in enumerate(cells):
-        if i < at and not cell.source.startswith("#| export") and "import params_from" not in cell.source:
-            continue  # examples
-        exec(compile(cell.source, f"{stage}, cell {i}", "exec"), names)
-        if i == at:
-            unknown = set(params) - set(names["__annotations__"])
-            assert not unknown, unknown
-            names.update(params)
-        if getattr(names.get("run"), "finished", False):
-            break
-    return names
 
 
 SEQUENCES = "\n".join(f"{u} " + " ".join(str((u * k) % 12 + 1) for k in (1, 3, 5, 7, 2)) for u in range(1, 31))

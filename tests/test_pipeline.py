@@ -26,7 +26,7 @@ STAGES = ("00_data", "03_tokenizer", "04_tiger")
 OUTPUTS = {
     "00_data": {"interactions.parquet", "items.parquet", "users.parquet", "item_emb.parquet", "dataset.json", "oracle.json", "oracle/next_item.safetensors",
                 "impressions/train.parquet", "relations/item__also_bought__item.parquet"},
-    "03_tokenizer": {"semantic_id_mappings.json", "semantic_ids.parquet", "codebooks.safetensors", "final_model.pt", "training_results.json"},
+    "03_tokenizer": {"semantic_id_mappings.json", "semantic_ids.parquet", "codebooks.safetensors", "final_model.pt", "training_results.json", "checkpoint_epoch_100.pt"},
     "04_tiger": {"model.pt", "per_user.parquet", "recommendations.parquet", "items.parquet", "semantic_id_mappings.json", "semantic_ids.parquet",
                  "checkpoints/last.pt", "checkpoints/best.pt", "metrics.jsonl"},
 }
@@ -124,7 +124,7 @@ def test_a_second_run_reuses_the_first():
 
 def test_exporting_ids_again_gives_the_same_ids():
     folder = tiny("03_tokenizer")
-    vectors, _ = read_vectors(str(tiny("00_data")))
+    vectors, _, _ = read_vectors(str(tiny("00_data")))
     published = SemanticIDs.load(folder)
     for _ in range(2):
         ids, _ = assign_ids(RQKMeans.load(read_torch(folder / "final_model.pt")), vectors, "nearest")
@@ -163,10 +163,10 @@ def test_the_pipeline_command_refuses(tmp_path):
 
 @pytest.mark.slow
 def test_papermill_fails_and_writes_nothing(tmp_path):
-    unknown, mode = start("04_tiger", tmp_path / "a", epocs=3), start("03_tokenizer", tmp_path / "b", mode="tiger")
+    unknown, mode = start("04_tiger", tmp_path / "a", epocs=3), start("03_tokenizer", tmp_path / "b", quantize="gumbel")
     printed = finish(unknown, ok=False)
     assert "there is no parameter 'epocs'" in printed and "epochs" in printed
-    assert "not built yet" in (printed := finish(mode, ok=False)) and "-p mode kmeans" in printed
+    assert "gumbel moves the codebooks by gradient" in (printed := finish(mode, ok=False)) and "-p use_ema false" in printed
     assert not list(tmp_path.glob("*/runs/**/*")), "no run folder was made"
 
 
@@ -189,7 +189,7 @@ def refusals(folder: Path) -> dict:
         "out of range": ("04_tiger", {"epochs": 0}, ["epochs", "at least 1"]),
         "both names": ("04_tiger", {"epochs": 2, "n_epoch": 3}, ["epochs", "n_epoch", "two names"]),
         "alias by its own name": ("04_tiger", {"n_epoch": "many"}, ["n_epoch", "'many'"]),
-        "mode tiger": ("03_tokenizer", {"mode": "tiger"}, ["-p mode kmeans"]),
+        "contradiction": ("03_tokenizer", {"streaming": "true"}, ["-p mode kmeans -p dedup suffix"]),
         "no device": ("03_tokenizer", {"device": "cuda:63"}, ["cuda:63"]),
         "no ids": ("04_tiger", {"data_path": data}, ["semantic IDs", "run 03_tokenizer"]),
         "ids of nowhere": ("04_tiger", {**both, "semantic_ids": str(folder / "nowhere")}, ["nowhere"]),
@@ -197,12 +197,12 @@ def refusals(folder: Path) -> dict:
         "heads that do not fit": ("04_tiger", {**both, "attn_dim": 30, "num_heads": 4}, ["attn_dim", "num_heads"]),
         "no data": ("03_tokenizer", {"data_path": str(folder / "nowhere")}, ["nowhere"]),
         "no column": ("03_tokenizer", {"data_path": data, "embedding_column": "sound"}, ["sound", "item_emb.parquet"]),
-        "too many codes": ("03_tokenizer", {"data_path": data, "n_clusters": 5000}, ["n_clusters", "200"]),
+        "too many codes": ("03_tokenizer", {"data_path": data, "n_embed": 5000}, ["n_embed", "200"]),
         "no source": ("00_data", {"data_path": str(folder / "nowhere")}, ["nowhere", "data_path"]),
     }
 
 
-NAMES = ["unknown name", "wrong type", "wrong bool", "wrong choice", "out of range", "both names", "alias by its own name", "mode tiger", "no device", "no ids",
+NAMES = ["unknown name", "wrong type", "wrong bool", "wrong choice", "out of range", "both names", "alias by its own name", "contradiction", "no device", "no ids",
          "ids of nowhere", "ids of another catalogue", "heads that do not fit", "no data", "no column", "too many codes", "no source"]
 ACCEPTED = {"overwrite false": ("04_tiger", {"overwrite": "false"}, "params.overwrite", "False"), "alias": ("04_tiger", {"n_epoch": 2, "clip": "0.5"}, "(params.epochs, params.grad_clip)", "(2, 0.5)"),
             "learning rate as text": ("04_tiger", {"learning_rate": "1e-3"}, "params.learning_rate", "0.001"), "yaml's no": ("04_tiger", {"precision": False}, "params.precision", "'no'")}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from recgen.core.ragged import padding_share
+from recgen.core.training import TrainSettings
 from recgen.evaluation.protocol import cases_from_dataset
 from recgen.formats.dataset import Dataset, order_positions
 from recgen.formats.embeddings import load_embeddings
@@ -14,6 +15,8 @@ from recgen.formats.semantic_ids import SemanticIDs
 from recgen.retrieval.sequences import PrefixSamples
 from recgen.sources.recbole import recbole_source
 from recgen.stages.data import build_dataset, read_source
+from recgen.tokens.rqkmeans import column_scale, standardized
+from recgen.tokens.rqvae import RqVaeConfig, train_rqvae
 
 @pytest.fixture(scope="module")
 def beauty(request):
@@ -95,3 +98,15 @@ def test_a_k_core_of_movielens(data):
     assert rows.groupby("user_id").size().min() >= 20 and rows.groupby("item_id").size().min() >= 20
     assert dataset.n_items < 1_682 and rows["item_id"].max() == dataset.n_items == rows["item_id"].nunique()
     assert isinstance(dataset, Dataset)
+
+
+@pytest.mark.slow
+def test_an_rqvae_of_beauty_uses_its_codes(data):
+    "A quarter of the default training: every level is used, few items share a tuple, and it rebuilds more than half of the variance."
+    vectors = load_embeddings(data / "beauty").vectors
+    mean, scale = column_scale(vectors, standardize=True)
+    how = TrainSettings(epochs=25, batch_size=512, learning_rate=1e-3, device="cpu", eval_every=25)
+    trainer = train_rqvae(RqVaeConfig(width=384, latent_dim=32, n_layers=3, n_embed=256), how, standardized(vectors, mean, scale), mean, scale)
+    record = trainer.position.records[-1]
+    assert min(record[f"catalogue/use_{level}"] for level in range(3)) >= 0.95
+    assert record["catalogue/duplicate_rate"] <= 0.05 and record["catalogue/recon"] <= 215

@@ -270,7 +270,7 @@ def memory_in_child(registry: str, name: str, options: dict, side: str = OURS, r
         del made
     return {"side": side, "items": chosen.items, "memory_mb": max(peaks), "memory_how": peak.how, "seconds": statistics.median(seconds)}
 
-# %% ../../nbs/core/11_benchmark.ipynb #92d20c3d
+# %% ../../nbs/core/11_benchmark.ipynb #387948c5
 def measure(
     registry: str,  # module:name of a dict {name: Measurement}
     name: str,
@@ -297,5 +297,5 @@ def measure(
         asked = list(dict.fromkeys(r["side"] for r in out["rows"]))
         with ThreadPoolExecutor(2) as pool:
             ask = {**call, "options": {**options, **found.memory_options}}
-            out["memory"] = list(pool.map(lambda side: run_fresh("recgen.core.benchmark:memory_in_child", {**ask, "side": side}, allocators[0], threads), asked))
+            out["memory"] = list(pool.map(lambda side: run_fresh("recgen.core.benchmark:memory_in_child", {**ask, "side": side}, allocators[0], 1), asked))  # one thread each
     return out

@@ -19,7 +19,7 @@ from ..core.files import read_parquet, resolve
 from ..core.run import verify_file
 from .dataset import check_ids
 
-# %% ../../nbs/formats/01_embeddings.ipynb #649023e2
+# %% ../../nbs/formats/01_embeddings.ipynb #ae95f923
 @dataclass
 class Embeddings:
     "Vectors of items, ascending by id."
@@ -60,7 +60,7 @@ def vector_matrix(
         raise InputError("vectors are missing or of different lengths", file=file, column=name, rows=[f"item {i}" for i in ids[odd]],
                          found=f"lengths {sorted(set(lengths[odd].tolist()))[:5]} (-1: no vector)", expected=f"{usual} numbers, as most rows have" if usual else "some numbers",
                          mend="make these vectors again, or leave their items out of the catalogue")
-    matrix = np.asarray(pc.cast(pc.list_flatten(column), pa.float32()).fill_null(float("nan"))).reshape(len(column), usual)
+    matrix = np.asarray(pc.cast(pc.list_flatten(column), pa.float32(), safe=False).fill_null(float("nan"))).reshape(len(column), usual)
     bad = ~np.isfinite(matrix).all(1)
     if bad.any():
         raise InputError("vectors hold NaN or infinite numbers", file=file, column=name, rows=[f"item {i}" for i in ids[bad]], found=f"{bad.sum()} such vectors", expected="finite numbers",

@@ -30,7 +30,7 @@ def smoothed_counts(
     total = counts.sum()
     return (counts + epsilon) * (total / (total + len(counts) * epsilon))
 
-# %% ../../nbs/quantization/03_codebook.ipynb #6896697d
+# %% ../../nbs/quantization/03_codebook.ipynb #33a78270
 class Codebook(torch.nn.Module):
     "K vectors that follow what they serve, by running means (`use_ema`) or by the gradient of a loss; dead codes restart."
 
@@ -76,7 +76,7 @@ class Codebook(torch.nn.Module):
             self.vectors.copy_(self.sums / smoothed_counts(self.counts)[:, None])
         self.steps += 1
         if self.dead_share and (done + 1) % self.check_every == 0:
-            share = float(seen[:, 0].sum()) / len(self.vectors)
+            share = float(self.counts.sum()) / len(self.vectors)  # of a usual batch: the last of an epoch may be short
             dead = (self.counts < self.dead_share * share).nonzero()[:, 0]
             if len(dead):
                 fresh = worst_served(x, (x - self.vectors[codes]).square().sum(1), len(dead))
@@ -105,12 +105,12 @@ def straight_through(
     "The quantised value, with the gradient passed on unchanged."
     return z + (q - z).detach()
 
-# %% ../../nbs/quantization/03_codebook.ipynb #7a924380
+# %% ../../nbs/quantization/03_codebook.ipynb #91fc8911
 def rotate_onto(
     z,  # (B, D) before quantisation
     q,  # (B, D) after
 ):  # (B, D) the value of q, the gradient of z, rotated and scaled
-    "The quantised value as a fixed rotation and scaling of z, so that gradients keep their angle to it (arXiv 2410.06424)."
+    "The quantised value (0 where z is 0) as a fixed rotation and scaling of z, so that gradients keep their angle to it (arXiv 2410.06424)."
     with torch.no_grad():
         length, target = (torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp(min=1e-6) for v in (z, q))
         u, v = z / length, q / target
@@ -118,12 +118,12 @@ def rotate_onto(
     turned = z - 2 * (z * middle).sum(1, keepdim=True) * middle + 2 * (z * u).sum(1, keepdim=True) * v
     return target / length * turned
 
-# %% ../../nbs/quantization/03_codebook.ipynb #d20e80d9
+# %% ../../nbs/quantization/03_codebook.ipynb #35d50b98
 def gumbel_weights(
     scores,  # (B, K) squared distances, up to a constant a row
     temperature: float,
 ):  # (B, K) one-hot, with the gradient of the softmax
-    "A code drawn with probability ∝ exp(−distance / temperature), as weights that pass a gradient (arXiv 1611.01144)."
+    "A code drawn with probability ∝ exp(−2 ln K · gap / (mean gap · temperature)), the gap being to the nearest code's distance, as weights that pass a gradient (arXiv 1611.01144)."
     gap = scores - scores.detach().amin(1, keepdim=True)
     unit = gap.detach().mean().clamp(min=1e-30) / (2 * math.log(max(2, scores.shape[1])))  # K codes at the mean gap weigh 1/K together at temperature 1
     return torch.nn.functional.gumbel_softmax(-gap / (unit * temperature), hard=True)

@@ -198,10 +198,12 @@ def check_vectors(
                          mend="make these vectors again, or leave their items out")
     return x
 
-# %% ../../nbs/quantization/00_kmeans.ipynb #59b712eb
+# %% ../../nbs/quantization/00_kmeans.ipynb #1ae08712
 def starting_centres(x, k, generator, init="kmeans++"):
     "(≤ K, D) centres to start from: drawn as `init` says, or given as a tensor."
     if isinstance(init, torch.Tensor):
+        if init.shape != (k, x.shape[1]):
+            raise InputError("the given centres do not fit", column="init", found=f"shape {tuple(init.shape)}", expected=f"({k}, {x.shape[1]})")
         return init.to(x)
     if init == "kmeans++":
         return x[seed_rows(x, k, generator)]

@@ -68,7 +68,7 @@ class ResidualQuantizer(torch.nn.Module):
             total = (rotate_onto if self.quantize == "rotation" else straight_through)(z, total)
         return Quantized(total, torch.stack(codes, 1), sum(commitment), sum(codebook))
 
-# %% ../../nbs/quantization/04_residual.ipynb #6e88d9e5
+# %% ../../nbs/quantization/04_residual.ipynb #0ce89260
 def choose(
     book: Codebook,
     residual,  # (B, D)
@@ -77,14 +77,15 @@ def choose(
 ):  # (B,) codes, (B, D) their vectors
     "A code for each vector, and the code's vector (a copy: the codebook goes on learning)."
     if how == "gumbel":
-        weights = gumbel_weights(code_scores(residual, book.vectors), temperature)
-        return weights.argmax(1), weights @ book.vectors
+        vectors = book.vectors.clone()  # a restart changes the codebook before the gradient has passed
+        weights = gumbel_weights(code_scores(residual, vectors), temperature)
+        return weights.argmax(1), weights @ vectors
     with torch.no_grad():
         scores = code_scores(residual, book.vectors)
         codes = sinkhorn_codes(scores + residual.square().sum(1, keepdim=True)) if how == "sinkhorn" else scores.argmin(1)
     return codes, book.vectors[codes]
 
-# %% ../../nbs/quantization/04_residual.ipynb #69397d21
+# %% ../../nbs/quantization/04_residual.ipynb #7bb6e3e0
 @torch.no_grad()
 def start_codebooks(
     quantizer: ResidualQuantizer,
@@ -94,8 +95,10 @@ def start_codebooks(
 ):
     "Place all codebooks by residual k-means on a sample."
     residual = z.detach().float().clone()
+    residual = residual.cpu() if residual.device.type == "mps" else residual  # which has no float64
     for book in quantizer.levels:
-        k = len(book.vectors)
+        k, device = len(book.vectors), book.vectors.device
         fit = fit_kmeans(residual, k, generator, allow_unused=True)
-        book.place(torch.arange(k, device=residual.device), fit.centres, torch.bincount(fit.labels, minlength=k) * (batch_size / len(residual)))
+        counts = torch.bincount(fit.labels, minlength=k) * (batch_size / len(residual))
+        book.place(torch.arange(k, device=device), fit.centres.to(device), counts.to(device))
         residual -= fit.centres[fit.labels]

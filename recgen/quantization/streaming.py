@@ -6,7 +6,8 @@
 __all__ = ['VectorSource', 'TensorSource', 'checked_block', 'NumpySource', 'parquet_rows', 'batch_matrix', 'ParquetSource',
            'open_source', 'column_moments', 'sample_rows', 'Pass', 'refine_level']
 
-# %% ../../nbs/quantization/02_streaming.ipynb #70ef9b8e
+# %% ../../nbs/quantization/02_streaming.ipynb #8c04fc9e
+import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def checked_block(
                          mend="make these vectors again, or leave their items out")
     return block
 
-# %% ../../nbs/quantization/02_streaming.ipynb #3019f90e
+# %% ../../nbs/quantization/02_streaming.ipynb #afdf1494
 class NumpySource(VectorSource):
     "A (N, D) array of numbers in a `.npy` file, read in pieces. Raises InputError where the file holds something else, or less than its header says."
 
@@ -85,7 +86,7 @@ class NumpySource(VectorSource):
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, fortran, self.dtype = read(f)
                 self.start = f.tell()
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, SyntaxError, tokenize.TokenError) as e:
             raise InputError("cannot be read as .npy", file=file, found=str(e)[:120], expected="an array saved by numpy.save", mend="save the vectors again") from e
         if len(shape) != 2 or fortran or self.dtype.kind not in "fiu" or not min(shape):
             raise InputError("the array is not a matrix of numbers", file=file, found=f"shape {shape}, {self.dtype}{', columns first' if fortran else ''}",
@@ -114,7 +115,7 @@ class NumpySource(VectorSource):
                 out[i] = torch.from_numpy(self._read(f, row, 1)[0])
         return out
 
-# %% ../../nbs/quantization/02_streaming.ipynb #f757975c
+# %% ../../nbs/quantization/02_streaming.ipynb #9b08d8e8
 def parquet_rows(
     file,
     column: str,  # the vectors
@@ -154,7 +155,7 @@ def batch_matrix(
         raise InputError("vectors are missing or of different lengths", file=file, column=name, rows=[f"item {i}" for i in ids[odd]],
                          found=f"lengths {sorted(set(lengths[odd].tolist()))[:5]} (-1: no vector)", expected=f"{width} numbers, as in the first row" if width else "some numbers",
                          mend="make these vectors again, or leave their items out")
-    matrix = np.asarray(pc.fill_null(pc.cast(pc.list_flatten(column), pa.float32()), float("nan"))).reshape(-1, width)
+    matrix = np.asarray(pc.fill_null(pc.cast(pc.list_flatten(column), pa.float32(), safe=False), float("nan"))).reshape(-1, width)
     bad = ~np.isfinite(matrix).all(1)
     if bad.any():
         raise InputError("vectors hold NaN or infinite numbers", file=file, column=name, rows=[f"item {i}" for i in ids[bad]], found=f"{bad.sum()} such vectors in one block",

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RULES', 'read_vectors', 'read_catalogue', 'world_vectors', 'open_stream', 'check_same_items', 'input_paths',
-           'column_names', 'check_capacity', 'scaling', 'fit_kmeans_model', 'fit_rqvae_model', 'link_checkpoints',
-           'save_model', 'assign_ids', 'assign_stream', 'read_published', 'append_to_published', 'measure', 'part_of',
-           'evidence_of', 'publish', 'plain', 'foreign_tables', 'check_together']
+           'column_names', 'deciding', 'check_capacity', 'fit_kmeans_model', 'fit_rqvae_model', 'link_checkpoints',
+           'save_model', 'assign_ids', 'assign_stream', 'read_published', 'append_to_published', 'save_departed',
+           'measure', 'part_of', 'evidence_of', 'judge', 'publish', 'plain', 'table_name', 'foreign_tables',
+           'check_together']
 
-# %% ../../nbs/03_tokenizer.ipynb #b997dd63
+# %% ../../nbs/03_tokenizer.ipynb #3ddaed79
 import glob
 import math
 import os
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from ..core.errors import InputError, ParameterError
-from ..core.files import read_parquet, resolve, write_json, write_tensors, write_torch
+from ..core.files import read_json, read_parquet, resolve, write_json, write_tensors, write_torch
 from ..core.params import Rule, at_least, between, one_of
 from ..core.processes import launch
 from ..core.run import verify_file
@@ -33,10 +34,10 @@ from ..sources.world import make_world
 from ..tokens.append import append_ids, join_tables, split_departed
 from ..tokens.collisions import METHODS
 from ..tokens.collisions import resolve as resolve_collisions
-from ..tokens.health import check_health, explained_variance, health_table, neighbour_preservation, summary
+from ..tokens.health import check_health, explained_variance, health_table, neighbour_preservation, summary, use_table
 from ..tokens.rqkmeans import RQKMeans, column_scale, standardized
 from ..tokens.rqvae import SELECT, RqVae, RqVaeConfig, chosen_model, explained_by_level, load_tokenizer, train_rqvae
-from ..tokens.scoring import leaf_categories, read_ids, score_ids
+from ..tokens.scoring import leaf_categories, read_ids, score_table
 
 # %% ../../nbs/03_tokenizer.ipynb #c5ef5b1d
 def read_vectors(
@@ -123,6 +124,16 @@ def column_names(embedding_column: str) -> str:
     folders = [c.rpartition(":")[0] for c in embedding_column.split("+") if ":" in c]
     return "+".join(f"{folders.index(c.rpartition(':')[0])}:{c.rpartition(':')[2]}" if ":" in c else c for c in embedding_column.split("+"))
 
+# %% ../../nbs/03_tokenizer.ipynb #8ebaf98a
+def deciding(p, mode: str) -> dict:
+    "The parameters that decide a run: not what only adds to what is shown, and with append_to not those of a training that does not happen."
+    values = {**p.as_dict(), "mode": mode, "embedding_column": column_names(p.embedding_column)}
+    values.pop("compare_ids")
+    if p.append_to:
+        kept = ("mode", "data_path", "output_dir", "embedding_file", "embedding_column", "max_items", "dedup", "append_to", "min_codebook_use", "strict", "seed", "overwrite", "resume", "log_level")
+        values = {k: values[k] for k in kept}
+    return values
+
 # %% ../../nbs/03_tokenizer.ipynb #84838149
 def check_capacity(vectors: Embeddings, n_layers: int, k: int, dedup: str, name: str = "n_clusters"):
     "InputError where K (called `name`) exceeds the distinct vectors, or the items exceed the tuples."
@@ -139,17 +150,12 @@ def check_capacity(vectors: Embeddings, n_layers: int, k: int, dedup: str, name:
         raise InputError("more items than different tuples of codes", column=f"n_layers, {name}", found=f"{len(x)} items, {k}^{n_layers} tuples",
                          expected=f"items ≤ {name}^n_layers", mend=f"raise n_layers or {name}")
 
-# %% ../../nbs/03_tokenizer.ipynb #b257af55
-def scaling(vectors: Embeddings, mode: str, standardize: str = "auto"):
-    "(D,) mean and (D,) scale that the vectors are standardised by."
-    wanted = {"yes": True, "no": False}.get(standardize, mode == "tiger" or len(vectors.sources) > 1)
-    return column_scale(vectors.vectors, wanted, list(vectors.sources.values()))
-
-
+# %% ../../nbs/03_tokenizer.ipynb #d793aa1c
 def fit_kmeans_model(vectors: Embeddings, p, device, log, source=None) -> RQKMeans:
     "Residual k-means with the stage's parameters `p`, fitted to the vectors, or to a sample of a source."
     wanted = {"yes": True, "no": False}.get(p.standardize, len(vectors.sources) > 1)
-    how = dict(log=log.info, widths=list(vectors.sources.values()), balanced=p.balanced)
+    log.info("Settings: n_layers=%d, n_clusters=%d, max_iters=%d, balanced=%s, seed=%d", p.n_layers, p.n_clusters, p.max_iters, p.balanced, p.seed)
+    how = dict(log=log.info, widths=list(vectors.sources.values()), balanced=p.balanced, dtype=torch.bfloat16 if p.precision == "bf16" else torch.float32)
     if source is not None:
         return RQKMeans.fit_stream(source, p.n_layers, p.n_clusters, p.max_iters, p.seed, wanted, **how)
     return RQKMeans.fit(vectors.vectors.to(device), p.n_layers, p.n_clusters, p.max_iters, p.seed, wanted, **how)
@@ -157,11 +163,11 @@ def fit_kmeans_model(vectors: Embeddings, p, device, log, source=None) -> RQKMea
 
 def fit_rqvae_model(vectors: Embeddings, p, folder: Path, fingerprint: dict, log, live=None):
     "An RQ-VAE with the stage's parameters `p`, trained in `folder`. Returns the model, and facts about the training."
-    mean, scale = scaling(vectors, "tiger", p.standardize)
+    mean, scale = column_scale(vectors.vectors, True, list(vectors.sources.values()))
     config = RqVaeConfig(vectors.vectors.shape[1], p.latent_dim, p.n_layers, p.n_embed, beta=p.beta, use_ema=p.use_ema, ema_decay=p.ema_decay, quantize=p.quantize, init_gain=p.init_gain)
     settings = TrainSettings(**{k: v for k, v in p.as_dict().items() if k in TrainSettings.__dataclass_fields__})
     log.info("Model: %s", " → ".join(map(str, [config.width, *config.hidden, config.latent_dim])) + f" and back, {config.n_layers} levels of {config.n_embed} codes")
-    log.debug("Settings: %s", asdict(settings))
+    log.info("Settings: %s", ", ".join(f"{k}={v}" for k, v in asdict(settings).items()))
     args = [config, settings, standardized(vectors.vectors, mean, scale), mean, scale, p.valid_share, p.select, p.max_reconstruction, folder, fingerprint]
     if p.num_processes > 1:
         launch(train_rqvae, tuple(args), p.num_processes, p.device)
@@ -169,6 +175,11 @@ def fit_rqvae_model(vectors: Embeddings, p, folder: Path, fingerprint: dict, log
     trainer = train_rqvae(*args, log, live)
     link_checkpoints(folder)
     model = chosen_model(trainer, p.select)
+    if p.num_processes > 1:
+        for record in trainer.position.records:
+            log.info(trainer.task.log_line(record))
+    if p.select == "duplicates" and trainer.best.value is not None and trainer.best.value > 1:
+        log.warning("warning: no epoch rebuilt within max_reconstruction=%g; the nearest to it is kept", p.max_reconstruction)
     facts = {"epochs": trainer.position.epoch, "best_epoch": trainer.best.epoch, "best_value": trainer.best.value, "samples": trainer.position.samples,
              "restarts": sum(r["restarts"] for r in model.report), "parameters": sum(w.numel() for w in model.parameters())}
     return model, facts, round(trainer.trained / trainer.seconds, 1) if trainer.seconds else None
@@ -209,28 +220,35 @@ def assign_stream(model: RQKMeans, source, item_ids, dedup: str):
     sizes = list(model.sizes) + ([int(resolution.codes[:, -1].max()) + 1] if dedup == "suffix" else [])
     return SemanticIDs(item_ids, resolution.codes, sizes, raw), resolution
 
-# %% ../../nbs/03_tokenizer.ipynb #05c078b4
+# %% ../../nbs/03_tokenizer.ipynb #91a6fa5f
 def read_published(append_to: str, vectors: Embeddings):
     "Model and ledger of the run that is appended to: its table, and the IDs of items that had left by then. InputError where it is not a tokenizer's."
     folder = resolve(append_to)
     model, published = load_tokenizer(folder / "final_model.pt"), SemanticIDs.load(folder)
     model.transform(vectors.vectors[:1])  # refuses vectors of another width before anything is written
-    return model, join_tables(published, SemanticIDs.load(folder / "departed") if (folder / "departed").exists() else None)
+    left = folder / "departed" / "semantic_ids.parquet"
+    expected = (folder / "manifest.json").exists() and "departed/semantic_ids.parquet" in read_json(folder / "manifest.json")["outputs"]
+    return model, join_tables(published, SemanticIDs.load(left) if expected or left.exists() else None)  # lost ones are an error: their IDs would be given away
 
 
-def append_to_published(model, ledger: SemanticIDs, vectors: Embeddings, dedup: str, folder: Path):
-    "SemanticIDs of the catalogue and the Appended that says what it took. IDs of items that left are kept in departed/, so that nobody gets them."
+def append_to_published(model, ledger: SemanticIDs, vectors: Embeddings, dedup: str):
+    "SemanticIDs of the catalogue, those of items that left (or None), and the Appended that says what it took."
     done = append_ids(ledger, vectors.item_ids, model.codes(vectors.vectors), dedup, model.transform(vectors.vectors), model.codebooks)
-    ids, departed = split_departed(done.ledger, vectors.item_ids)
+    return *split_departed(done.ledger, vectors.item_ids), done
+
+
+def save_departed(departed, folder: Path):
+    "IDs of items that left are kept in departed/, so that no later item gets them."
     if departed is not None:
         (folder / "departed").mkdir(exist_ok=True)
         departed.save(folder / "departed")
-    return ids, done
 
-# %% ../../nbs/03_tokenizer.ipynb #67a6f0f3
+# %% ../../nbs/03_tokenizer.ipynb #107228a4
 def measure(model, vectors: Embeddings, ids: SemanticIDs, queries: int = 20_000):
-    "The health table of all IDs; what needs vectors is asked of the items in `vectors`: all, or a sample."
+    "The health table of all IDs; what needs vectors is asked of the items in `vectors`: all, or a sample. Use is that of the model's own codes: resolving collisions spreads out even a collapsed level."
     table, part = health_table(ids.codes(), ids.sizes), ids.codes(vectors.item_ids)
+    own = use_table(ids.raw_codes, ids.sizes[: ids.raw_codes.shape[1]])
+    table.loc[own.index, list(own.columns)] = own
     table["neighbours"] = neighbour_preservation(vectors.vectors, part, min(10, len(vectors) - 1), queries if len(vectors) > queries else 0) if len(vectors) > 1 else math.nan
     explained = explained_by_level(model, vectors.vectors, part) if isinstance(model, RqVae) else explained_variance(model.transform(vectors.vectors), part, model.codebooks)
     table["explained_variance"] = explained + [explained[-1]] * (len(table) - len(explained))  # a suffix explains nothing more
@@ -243,17 +261,27 @@ def part_of(ids: SemanticIDs, vectors: Embeddings) -> SemanticIDs:
 
 
 def evidence_of(items, pairs, item_ids) -> dict:
-    "What score_ids takes besides vectors: leaf categories, and pairs among the items."
-    known = {}
+    "What score_ids takes besides vectors: leaf categories and pairs among the items, where there are any."
+    known, ids = {}, item_ids.tolist()
     if items is not None and "categories" in items:
-        known["categories"] = leaf_categories(items)
+        leaf = leaf_categories(items)
+        if leaf.reindex(ids).replace("", None).notna().any():
+            known["categories"] = leaf
     if pairs is not None and len(pairs):
-        among = pairs[["source", "target"]].isin(item_ids.tolist()).all(axis=1)
-        known["pairs"] = pairs.loc[among, ["source", "target"]]
+        among = pairs[["source", "target"]].isin(ids).all(axis=1) & (pairs["source"] != pairs["target"])
+        if among.any():
+            known["pairs"] = pairs.loc[among, ["source", "target"]]
     return known
 
 
-def publish(folder: Path, mode: str, model, vectors: Embeddings, ids: SemanticIDs, resolution, items, pairs, p, training: dict, log) -> dict:
+def judge(tables: dict, vectors: Embeddings, items, pairs):
+    "score_table of some tables on the items in `vectors`; one item has no neighbours to keep."
+    n = len(vectors)
+    parts = {name: part_of(ids, vectors) for name, ids in tables.items()}
+    return score_table(parts, vectors if n > 1 else None, **evidence_of(items, pairs, vectors.item_ids), groups=max(1, min(256, n // 4)), k=max(1, min(10, n - 1)))
+
+
+def publish(folder: Path, model, vectors: Embeddings, ids: SemanticIDs, resolution, items, pairs, p, training: dict, log) -> dict:
     "Look at the IDs' health, write the table and training_results.json. Returns the manifest's metrics."
     health = measure(model, vectors, ids)
     warnings = check_health(health, p.min_codebook_use, p.strict)
@@ -262,24 +290,30 @@ def publish(folder: Path, mode: str, model, vectors: Embeddings, ids: SemanticID
     before = resolution.report["before"]["duplicate_rate"]
     log.info("Duplicate rate: %.4f before resolution (%s), %.4f after", before, p.dedup, summary(health)["duplicate_rate"])
     log.info("Codebook usage: %s", ", ".join(f"level {int(r.level)} {int(r.used)}/{int(r['size'])} (perplexity {r.perplexity:.0f})" for _, r in health.iterrows()))
-    scores = score_ids(part_of(ids, vectors), vectors, **evidence_of(items, pairs, vectors.item_ids), groups=min(256, len(vectors)), k=min(10, len(vectors) - 1))
+    scores = judge({"this run": ids}, vectors, items, pairs).iloc[0].to_dict()
     ids.save(folder)
     write_json(folder / "training_results.json", {
-        "mode": mode, "items": len(ids), "sizes": ids.sizes, "levels": model.report, "training": training, "collisions": resolution.report,
-        "health": health.to_dict("records"), "scores": plain(scores), "warnings": warnings,
+        "mode": "tiger" if isinstance(model, RqVae) else "kmeans", "items": len(ids), "sizes": ids.sizes, "levels": model.report, "training": training, "collisions": resolution.report,
+        "health": [plain(r) for r in health.to_dict("records")], "scores": plain(scores), "warnings": warnings,
     })
     moved = {"collisions/share_moved": resolution.report["share_moved"], "collisions/duplicate_rate_before": before}
     if "added_error" in resolution.report:
         moved["collisions/added_error"] = resolution.report["added_error"]
     kept = {k: v for k, v in plain(scores).items() if k.startswith(("purity", "pairs", "neighbours_cut"))}
-    return {f"tokens/{k}": float(v) for k, v in summary(health).items()} | moved | {f"scores/{k}": v for k, v in kept.items() if v is not None} | {f"train/{k}": v for k, v in training.items()}
+    return {f"tokens/{k}": float(v) for k, v in plain(summary(health)).items() if v is not None} | moved | {f"scores/{k}": v for k, v in kept.items() if v is not None} | {f"train/{k}": v for k, v in training.items()}
 
 
 def plain(scores: dict) -> dict:
     "Scores as JSON can hold them."
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in scores.items()}
 
-# %% ../../nbs/03_tokenizer.ipynb #163c1e55
+# %% ../../nbs/03_tokenizer.ipynb #46c709b5
+def table_name(path: Path, taken) -> str:
+    "A short name that no other table has: the file's or folder's, with as many folders before it as that takes."
+    parts = [*path.parts[:-1], path.name if path.is_dir() else path.stem]
+    return next(name for n in range(1, len(parts) + 1) if (name := "/".join(parts[-n:])) not in taken)
+
+
 def foreign_tables(compare_ids: str, item_ids) -> dict:
     "{name: SemanticIDs} of the paths in `compare_ids`, which are separated by commas and may hold wildcards. InputError where one is of other items."
     tables = {}
@@ -290,10 +324,10 @@ def foreign_tables(compare_ids: str, item_ids) -> dict:
         for path in found:
             ids = read_ids(path)
             ids.check_coverage(item_ids, path)
-            tables[Path(path).stem] = ids
+            tables[table_name(Path(path), tables)] = ids
     return tables
 
-# %% ../../nbs/03_tokenizer.ipynb #c6d80722
+# %% ../../nbs/03_tokenizer.ipynb #2f7cd497
 RULES = {
     "mode": one_of("tiger", "kmeans"), "quantize": one_of("ste", "rotation", "gumbel", "sinkhorn"), "select": one_of(*SELECT), "dedup": one_of(*METHODS),
     "scheduler": one_of(*SCHEDULERS), "precision": one_of("no", "bf16", "fp16"), "standardize": one_of("auto", "yes", "no"),
@@ -305,16 +339,20 @@ RULES = {
 }
 
 
-def check_together(p):
-    "ParameterError for parameters that contradict each other."
+def check_together(p, device):
+    "ParameterError for parameters that contradict each other, or the device."
+    if p.precision == "fp16" and (p.mode == "kmeans" or device.type != "cuda"):
+        raise ParameterError("fp16 needs a CUDA device, and mode tiger", column="precision, device", found=f"fp16 on {device}, mode {p.mode}", expected="bf16 or no", mend="-p precision bf16")
+    if p.num_processes > 1 and device.index is not None:
+        raise ParameterError("several processes take a device each", column="device, num_processes", found=f"{device} for {p.num_processes} processes", expected="auto, cpu or cuda", mend="-p device cuda")
     if p.mode == "tiger" and p.quantize == "gumbel" and p.use_ema:
         raise ParameterError("gumbel moves the codebooks by gradient", column="quantize, use_ema", found="gumbel with running means", expected="use_ema=False, or another quantize",
                              mend="-p use_ema false, or -p quantize ste")
     if p.mode == "tiger" and p.balanced:
         raise ParameterError("balanced is of mode kmeans", column="balanced, mode", found="balanced=True with mode=tiger", expected="mode=kmeans", mend="-p mode kmeans, or -p quantize sinkhorn")
-    if p.streaming and (p.mode != "kmeans" or p.dedup not in ("suffix", "none") or "+" in p.embedding_column or ":" in p.embedding_column or p.append_to or p.max_items):
-        raise ParameterError("vectors can be streamed for plain residual k-means only", column="streaming", expected="mode=kmeans, dedup=suffix or none, one embedding_column, no append_to, no max_items",
-                             found=f"mode={p.mode}, dedup={p.dedup}, embedding_column={p.embedding_column}, append_to={p.append_to!r}, max_items={p.max_items}",
+    if p.streaming and (p.mode != "kmeans" or p.dedup not in ("suffix", "none") or "+" in p.embedding_column or ":" in p.embedding_column or p.append_to or p.max_items or p.balanced):
+        raise ParameterError("vectors can be streamed for plain residual k-means only", column="streaming", expected="mode=kmeans, dedup=suffix or none, one embedding_column, no append_to, max_items or balanced",
+                             found=f"mode={p.mode}, dedup={p.dedup}, embedding_column={p.embedding_column}, append_to={p.append_to!r}, max_items={p.max_items}, balanced={p.balanced}",
                              mend="-p mode kmeans -p dedup suffix: the nearest free code needs all vectors at once")
     if p.mode == "tiger" and p.standardize == "no":
         raise ParameterError("the RQ-VAE standardises its input", column="standardize, mode", found="standardize=no with mode=tiger", expected="auto or yes",

@@ -124,7 +124,7 @@ def check_published(
         raise InputError("published codes are not the model's own", column="codes", rows=[f"item {i}" for i in published.item_ids[~own].tolist()], found=f"{int((~own).sum())} moved items",
                          expected=f"raw codes, as method {method} leaves them", mend="this table was published with dedup nearest or sinkhorn: append with that")
 
-# %% ../../nbs/tokens/06_append.ipynb #c0e71c24
+# %% ../../nbs/tokens/06_append.ipynb #94089f54
 def check_new(
     codes,  # (B, L) int64 of the new items
     ids,  # (B,) their ids
@@ -137,7 +137,7 @@ def check_new(
     if levels != len(sizes) or bool(((codes < 0) | (codes >= torch.tensor(sizes))).any()):
         raise InputError("the new codes are not of the published table's model", column="codes", rows=[f"item {i}" for i in ids.tolist()], found=f"{levels} levels, largest codes {codes.amax(0).tolist()}",
                          expected=f"{len(sizes)} levels of sizes {list(sizes)}", mend="encode the new items with the model that the table was published with")
-    if method != "none" and n_published + len(codes) > room:
+    if method in BY_DISTANCE and n_published + len(codes) > room:
         raise InputError("there are not enough free tuples", found=f"{len(codes)} new items, {max(0, room - n_published)} of {room} tuples free (departed items keep theirs)",
                          expected="published and new items ≤ ∏K", mend="publish a new table with more levels or codes (n_layers, n_clusters, n_embed), and train on it anew")
 
@@ -168,7 +168,7 @@ def grown(
     raw = torch.cat([raw, own]) if raw is not None else None
     return SemanticIDs(torch.cat([published.item_ids, ids]), torch.cat([published.codes(), given]), sizes, raw)
 
-# %% ../../nbs/tokens/06_append.ipynb #4c501c13
+# %% ../../nbs/tokens/06_append.ipynb #975bef92
 def append_ids(
     published: SemanticIDs,  # the ledger so far, departed items included
     item_ids,  # (B,) the catalogue's items, or only the new ones
@@ -201,6 +201,7 @@ def append_ids(
     result, raw = ledger.codes()[where], model_codes(published, method)
     moved = (result[:, : len(sizes)] != codes).any(1) & new
     drifted = None if raw is None else int((raw[torch.searchsorted(published.item_ids, ids[~new])] != codes[~new]).any(1).sum())
-    report = {"method": method, "published": len(published), "given": len(ids), "new": len(rows), "not_given": len(published) - int((~new).sum()),
-              "drifted": drifted} | cost_report(own, given, placed, codebooks) | {"after": bucket_counts(ledger.codes()), "sizes": ledger.sizes}
+    before = torch.cat([published.codes()[:, : len(sizes)] if raw is None else raw, own.cpu()])  # the model's own codes, as far as they are known
+    report = {"method": method, "published": len(published), "given": len(ids), "new": len(rows), "not_given": len(published) - int((~new).sum()), "drifted": drifted}
+    report |= cost_report(own, given, placed, codebooks) | {"before": bucket_counts(before), "after": bucket_counts(ledger.codes()), "sizes": ledger.sizes}
     return Appended(ledger, result, new, moved, report.get("added_error", math.nan), report)

@@ -262,7 +262,7 @@ def cost_report(
     added = errors[1] - errors[0]
     return report | {"error_before": errors[0], "error_after": errors[1], "added_error": added, "relative_added_error": added / errors[0] if errors[0] else None}
 
-# %% ../../nbs/tokens/01_collisions.ipynb #a8699178
+# %% ../../nbs/tokens/01_collisions.ipynb #e420b1b5
 METHODS = ("nearest", "suffix", "sinkhorn", "none")
 BY_DISTANCE = ("nearest", "sinkhorn")  # methods that need vectors and codebooks
 
@@ -296,7 +296,7 @@ def check_input(codes, method, ids, vectors, codebooks):
     if bool(wrong.any()):
         raise InputError("codes that the codebooks do not have", rows=ids.to(codes.device)[wrong].tolist(),
                          found=f"{codes.shape[1]} levels, e.g. {codes[wrong][0].tolist()}", expected=f"{len(sizes)} levels of sizes {sizes}")
-    if method != "none" and len(codes) > math.prod(sizes):
+    if method in BY_DISTANCE and len(codes) > math.prod(sizes):
         raise InputError("more items than different tuples", found=f"{len(codes)} items, {math.prod(sizes)} tuples of sizes {sizes}", expected="items ≤ ∏K",
                          mend="raise n_layers or n_clusters (n_embed)")
 

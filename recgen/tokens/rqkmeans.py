@@ -146,7 +146,7 @@ class Streamed:
         for first, vectors in open_source(source).blocks(block):
             yield first, self.codes(vectors).to(kind)
 
-# %% ../../nbs/tokens/00_rqkmeans.ipynb #270efe68
+# %% ../../nbs/tokens/00_rqkmeans.ipynb #0d3854d5
 class RQKMeans(Streamed):
     "Residual k-means codebooks with the scaling of their input."
 
@@ -209,8 +209,8 @@ class RQKMeans(Streamed):
             levels = [f"level_{i}" for i in range(len(state["codebooks"]))]
             codebooks, prices = [state["codebooks"][name] for name in levels], [state["prices"][name] for name in levels] if state["version"] == 2 else None
             widths = [len(state["mean"]), len(state["scale"]), *(c.shape[1] for c in codebooks)]
-            if not codebooks or len(set(widths)) > 1 or prices and [len(p) for p in prices] != [len(c) for c in codebooks]:
-                raise InputError("the parts of the model do not fit together", file=file, found=f"{len(codebooks)} codebooks, columns {widths}", expected="one width, one price a code",
+            if not codebooks or any(c.dtype != torch.float32 for c in codebooks) or len(set(widths)) > 1 or prices and [len(p) for p in prices] != [len(c) for c in codebooks]:
+                raise InputError("the parts of the model do not fit together", file=file, found=f"{len(codebooks)} codebooks, columns {widths}", expected="float32 of one width, one price a code",
                                  mend="run 03_tokenizer again")
             return cls(codebooks, state["mean"], state["scale"], state["report"], prices)
         except (KeyError, TypeError, AttributeError, IndexError) as e:

@@ -6,7 +6,7 @@
 __all__ = ['SELECT', 'RqVaeConfig', 'RqVae', 'encode_exactly', 'rqvae_of', 'load_tokenizer', 'catalogue_state',
            'explained_by_level', 'selection_score', 'RqVaeTask', 'train_rqvae', 'chosen_model']
 
-# %% ../../nbs/tokens/03_rqvae.ipynb #12ac55b6
+# %% ../../nbs/tokens/03_rqvae.ipynb #f247dc24
 import copy
 import math
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +21,7 @@ from ..core.run import verify_file
 from ..core.training import TrainSettings, fit
 from ..quantization.autoencoder import QuantizedAutoencoder, autoencoder_loss
 from ..quantization.codebook import code_scores
-from ..quantization.kmeans import check_vectors
+from ..quantization.kmeans import check_vectors, first_of_equal
 from .collisions import bucket_counts
 from .rqkmeans import RQKMeans, decode_codes, standardized
 
@@ -95,7 +95,7 @@ class RqVae(QuantizedAutoencoder):
         "The model of a final_model.pt or a checkpoint_epoch_N.pt, in eval mode. Raises InputError where the file is another model's."
         return rqvae_of(read_torch(verify_file(path)), path).to(resolve_device(device))
 
-# %% ../../nbs/tokens/03_rqvae.ipynb #73b45c2e
+# %% ../../nbs/tokens/03_rqvae.ipynb #85c61883
 @torch.no_grad()
 def encode_exactly(
     model: RqVae,
@@ -109,22 +109,23 @@ def encode_exactly(
                          mend="use the embeddings that the model was fitted to")
     device = model.mean.device if model.mean.device.type != "mps" else torch.device("cpu")  # which has no float64
     exact = copy.deepcopy(model).to(device).double().eval()
+    distinct = [first_of_equal(book) for book in exact.codebooks]  # equal codes would round differently at their places in a product
     latents, codes = [], []
     for part in x.split(block):
         residual = exact.encoder(standardized(part.to(device).double(), exact.mean, exact.scale))
         latents.append(residual.float())
         chosen = []
-        for book in exact.codebooks:
-            chosen.append(code_scores(residual, book).argmin(1))
+        for book, own in zip(exact.codebooks, distinct, strict=True):
+            chosen.append(own[code_scores(residual, book[own]).argmin(1)])
             residual = residual - book[chosen[-1]]
         codes.append(torch.stack(chosen, 1))
     return torch.cat(latents), torch.cat(codes)
 
-# %% ../../nbs/tokens/03_rqvae.ipynb #864a7e08
+# %% ../../nbs/tokens/03_rqvae.ipynb #36c8d460
 def rqvae_of(state, file=None) -> RqVae:
     "The model of a final_model.pt or of a training checkpoint. InputError where it is neither, or not whole."
     mend = "give the final_model.pt of a run with mode=tiger"
-    if isinstance(state, dict) and "rqvae" in state.get("fingerprint", {}):  # a checkpoint of the training
+    if isinstance(state, dict) and isinstance(state.get("fingerprint"), dict) and "rqvae" in state["fingerprint"]:  # a checkpoint of the training
         state = {"kind": RqVae.kind, "version": 1, "config": state["fingerprint"]["rqvae"], "model": state.get("model"), "report": []}
     if not isinstance(state, dict) or state.get("kind") != RqVae.kind or state.get("version") != 1:
         found = {k: state.get(k) for k in ("kind", "version")} if isinstance(state, dict) else type(state).__name__
@@ -246,7 +247,7 @@ class RqVaeTask:
             line += f", Catalogue={record['catalogue/recon']:.2f}, Valid={record['valid/recon']:.2f}, Use={use}, Duplicates={record['catalogue/duplicate_rate']:.4f}"
         return line
 
-# %% ../../nbs/tokens/03_rqvae.ipynb #71b064e2
+# %% ../../nbs/tokens/03_rqvae.ipynb #67bf4cce
 def train_rqvae(
     config: RqVaeConfig,
     settings: TrainSettings,
@@ -266,7 +267,7 @@ def train_rqvae(
     device = resolve_device(settings.device)
     model = RqVae(config, mean, scale).to(device)
     task = RqVaeTask(model, x.to(device), settings.batch_size, valid_share, select, max_reconstruction, settings.seed)
-    steps = settings.epochs * math.ceil(len(task.rows) / settings.batch_size / settings.gradient_accumulate_every)
+    steps = settings.epochs * math.ceil(len(task.rows) / settings.batch_size)  # batches: what a codebook counts
     model.config, model.quantizer.total_steps = replace(config, total_steps=steps), steps
     model.start(task.x[task.rows.to(device)], generator(settings.seed, 2), settings.batch_size)
     settings = replace(settings, best_metric="select", best_mode="min")
@@ -274,7 +275,7 @@ def train_rqvae(
 
 
 def chosen_model(trainer, select: str) -> RqVae:
-    "The weights that `select` names, in eval mode."
+    "The weights that `select` names, in eval mode; without a folder for checkpoints, the last ones."
     model = trainer.module.eval() if select == "last" else trainer.load_best()
     model.report = [{"level": i, "size": len(b.vectors), "restarts": int(b.restarts)} for i, b in enumerate(model.quantizer.levels)]
     return model

@@ -25,7 +25,7 @@ from ..formats.semantic_ids import SemanticIDs
 from ..formats.trie import prefix_ids
 from .health import collision_table, pair_chance, use_table
 
-# %% ../../nbs/tokens/04_scoring.ipynb #eb024724
+# %% ../../nbs/tokens/04_scoring.ipynb #b0b34db3
 def read_ids(
     path,  # run folder, semantic_ids.parquet, semantic_id_mappings.json, index.json of tokens, or tab-separated text
     first_id: int | None = None,  # the item that id 0 of a foreign file becomes; None: 1 where the file has an id 0, else its ids stay
@@ -61,9 +61,12 @@ def foreign_ids(
     if (numbers + shift < 1).any():
         raise InputError("item ids are not from 1", file=file, column="first_id", rows=[f"item {i}" for i in numbers[numbers + shift < 1]], found=f"first_id={shift}",
                          expected="ids from 1, as 0 is padding", mend="give first_id=1 for a file that counts from 0")
+    if int(codes.max()) >= 1 << 24:
+        raise InputError("a code is larger than any codebook", file=file, rows=[f"item {i}" for i in numbers[(codes >= 1 << 24).any(1).numpy()]], found=int(codes.max()), expected="codes below 2^24",
+                         mend="give codes of each level from 0, not token numbers of a whole vocabulary")
     return SemanticIDs(torch.from_numpy(numbers + shift), codes, file=file)
 
-# %% ../../nbs/tokens/04_scoring.ipynb #c0a2a4fc
+# %% ../../nbs/tokens/04_scoring.ipynb #583cdb04
 def parse_lines(
     path,  # lines `id<TAB>c1<TAB>c2 …`
 ):  # (N,) int64 numpy ids, (N, L) int64 codes
@@ -90,7 +93,7 @@ def parse_lines(
     bad = ~np.asarray(pc.match_substring_regex(flat, r"^[0-9]{1,15}$"))
     if bad.any():
         raise InputError("ids or codes are not whole numbers from 0", file=path, rows=[f"line {number[i]}" for i in np.unique(np.flatnonzero(bad) // usual)],
-                         found=repr(flat[int(np.flatnonzero(bad)[0])].as_py()[:40]), expected=expected, mend="correct these lines; a line of column names is taken away")
+                         found=repr(flat[int(np.flatnonzero(bad)[0])].as_py()[:40]), expected=expected, mend="correct these lines; remove a line of column names")
     table = np.asarray(pc.cast(flat, pa.int64())).reshape(-1, usual)
     return table[:, 0].copy(), torch.from_numpy(table[:, 1:].copy())
 
