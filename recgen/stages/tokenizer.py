@@ -243,7 +243,7 @@ def save_departed(departed, folder: Path):
         (folder / "departed").mkdir(exist_ok=True)
         departed.save(folder / "departed")
 
-# %% ../../nbs/03_tokenizer.ipynb #107228a4
+# %% ../../nbs/03_tokenizer.ipynb #c0bf92a6
 def measure(model, vectors: Embeddings, ids: SemanticIDs, queries: int = 20_000):
     "The health table of all IDs; what needs vectors is asked of the items in `vectors`: all, or a sample. Use is that of the model's own codes: resolving collisions spreads out even a collapsed level."
     table, part = health_table(ids.codes(), ids.sizes), ids.codes(vectors.item_ids)
@@ -254,7 +254,7 @@ def measure(model, vectors: Embeddings, ids: SemanticIDs, queries: int = 20_000)
     table["explained_variance"] = explained + [explained[-1]] * (len(table) - len(explained))  # a suffix explains nothing more
     return table
 
-
+# %% ../../nbs/03_tokenizer.ipynb #336bd1d0
 def part_of(ids: SemanticIDs, vectors: Embeddings) -> SemanticIDs:
     "The IDs of the items that have vectors in memory."
     return SemanticIDs(vectors.item_ids, ids.codes(vectors.item_ids), ids.sizes)
