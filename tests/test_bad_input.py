@@ -540,7 +540,7 @@ def models(tmp_path):
     "A TIGER's model.pt and a k-means' final_model.pt."
     torch.manual_seed(0)
     write_torch(tmp_path / "model.pt", Tiger(TigerConfig([3, 3], 8, 8, 2, 8, 1, 1)).state())
-    write_torch(tmp_path / "final_model.pt", RQKMeans.fit(torch.randn(20, 3), 2, 4).state_dict())
+    write_torch(tmp_path / "final_model.pt", RQKMeans.fit(torch.randn(20, 3), 2, 4).file_state())
     return tmp_path
 
 

@@ -117,15 +117,15 @@ def test_balanced_model_saves_its_prices_and_is_deterministic():
     codes = model.codes(x)
     assert codes.equal(again.codes(x))
     file = io.BytesIO()
-    torch.save(model.state_dict(), file)
+    torch.save(model.file_state(), file)
     file.seek(0)
     loaded = RQKMeans.load(torch.load(file, weights_only=True))
     assert loaded.codes(x).equal(codes) and loaded.codes(x[::3]).equal(codes[::3])
     for level, r in enumerate(model.report):
         assert int(codes[:, level].bincount().max()) == r["largest"] <= r["capacity"] == 66
     plain = RQKMeans.fit(x, 3, 20, seed=3)
-    assert plain.state_dict()["version"] == 1 and RQKMeans.load(plain.state_dict()).prices is None
-    broken = model.state_dict() | {"prices": {"level_0": torch.zeros(20)}}
+    assert plain.file_state()["version"] == 1 and RQKMeans.load(plain.file_state()).prices is None
+    broken = model.file_state() | {"prices": {"level_0": torch.zeros(20)}}
     with pytest.raises(InputError, match="not whole"):
         RQKMeans.load(broken)
 

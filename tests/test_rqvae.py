@@ -240,7 +240,7 @@ def test_a_truncated_checkpoint_is_refused(trained, tmp_path):
 
 def test_the_other_mode_s_model_opens_with_the_same_call(tmp_path):
     x = item_vectors()[0]
-    write_torch(tmp_path / "final_model.pt", RQKMeans.fit(x, 2, 8).state_dict())
+    write_torch(tmp_path / "final_model.pt", RQKMeans.fit(x, 2, 8).file_state())
     assert isinstance(load_tokenizer(tmp_path / "final_model.pt"), RQKMeans)
     with pytest.raises(InputError, match="not an RQ-VAE"):
         RqVae.load_from_checkpoint(tmp_path / "final_model.pt")

@@ -161,7 +161,7 @@ def test_codes_reconstruct_and_survive_saving(levels, standardize):
     assert reconstruction_error(model.transform(x), codes, model.codebooks) == pytest.approx(errors[-1], rel=1e-3)
     assert torch.isfinite(model.decode(codes)).all() and torch.allclose(model.decode(codes)[:, 4], x[:, 4], atol=1e-4)
     file = io.BytesIO()
-    torch.save(model.state_dict(), file)
+    torch.save(model.file_state(), file)
     file.seek(0)
     loaded = RQKMeans.load(torch.load(file, weights_only=True))
     assert loaded.codes(x).equal(codes) and loaded.codes(x, block=17).equal(codes) and loaded.report == model.report

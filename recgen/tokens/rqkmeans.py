@@ -146,7 +146,7 @@ class Streamed:
         for first, vectors in open_source(source).blocks(block):
             yield first, self.codes(vectors).to(kind)
 
-# %% ../../nbs/tokens/00_rqkmeans.ipynb #0d3854d5
+# %% ../../nbs/tokens/00_rqkmeans.ipynb #c5680d33
 class RQKMeans(Streamed):
     "Residual k-means codebooks with the scaling of their input."
 
@@ -193,7 +193,7 @@ class RQKMeans(Streamed):
         "(N, D) vectors that (N, L) codes stand for, in the input's own scale; a suffix column is ignored."
         return decode_codes(codes, self.codebooks) * self.scale + self.mean
 
-    def state_dict(self) -> dict:
+    def file_state(self) -> dict:
         "Tensors and plain data: what final_model.pt holds."
         tensors = {f"level_{i}": c.cpu() for i, c in enumerate(self.codebooks)}
         state = {"kind": self.kind, "version": 2 if self.prices else 1, "codebooks": tensors, "mean": self.mean.cpu(), "scale": self.scale.cpu(), "report": self.report}
@@ -201,7 +201,7 @@ class RQKMeans(Streamed):
 
     @classmethod
     def load(cls, state: dict, file=None):
-        "The model of a state_dict; `file` is where it came from. Raises InputError where it is another model's."
+        "The model of a file_state; `file` is where it came from. Raises InputError where it is another model's."
         if not isinstance(state, dict) or state.get("kind") != cls.kind or state.get("version") not in (1, 2):
             found = {k: state.get(k) for k in ("kind", "version")} if isinstance(state, dict) else type(state).__name__
             raise InputError("not a residual k-means model", file=file, found=found, expected=f"kind {cls.kind}, version 1 or 2", mend="give the final_model.pt of a run with mode=kmeans")
