@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_tasks import RQVAES, Curve, settings, train_everything, train_slowly
+from toy_tasks import RQVAES, Curve, ring_world, settings, train_everything, train_slowly
 
 from recgen.core.errors import InputError, ParameterError, RunError
 from recgen.core.files import read_torch
 from recgen.core.processes import launch, shard
-from recgen.core.training import Best, TrainSettings, fit, learning_rate_factor
+from recgen.core.training import Best, TrainSettings, fit, learning_rate_factor, log_records
+from recgen.retrieval.sequences import PrefixSamples, token_table
+from recgen.retrieval.training import train_tiger
+from recgen.retrieval.transformer import Tiger, TigerConfig
 
 BATCH_SIZES = (16, 7, 3)  # the last batch of 70: 6, 7 and 1 sample
 
@@ -345,3 +348,132 @@ def test_a_validation_metric_that_is_not_a_number_ends_the_run(tmp_path):
 
 def test_every_setting_can_be_stored():
     assert TrainSettings(**json.loads(json.dumps(asdict(settings())))) == settings()
+
+
+def test_records_of_other_processes_are_logged_as_the_tasks_words_them(tmp_path):
+    class Log(list):
+        info = list.append
+
+    trainer, seen, plain = fit(Curve(), settings(), tmp_path), Log(), Log()
+    log_records(trainer.position.records, seen, lambda record: f"{record['epoch']} of 4")
+    log_records(trainer.position.records, plain)
+    assert seen == ["1 of 4", "2 of 4", "3 of 4", "4 of 4"] and plain[2].startswith("Epoch 3: Loss=")
+
+
+# --- TIGER in several processes
+
+TIGERS = {  # name: (shape, settings, path, augmentation)
+    "whole": ({}, {"gradient_accumulate_every": 1}, "exact", "prefix"),
+    "in_parts": ({}, {"gradient_accumulate_every": 2}, "beam", "prefix"),
+    "users": ({"separator": True, "num_user_embeddings": 7}, {"gradient_accumulate_every": 2, "batch_size": 7}, "exact", "subsample"),
+}
+
+
+def train_tigers(folder):
+    "In one process or several: a few steps of small models, without dropout. Batches of 13 and of 7 leave parts of unequal size."
+    for name, (shape, how, path, augmentation) in TIGERS.items():
+        sequences, _, trie, valid, ids = ring_world()
+        config = TigerConfig(sizes=ids.sizes, embedding_dim=16, attn_dim=16, num_heads=2, ff_dim=32, encoder_layers=1, decoder_layers=1, dropout=0.0, **shape)
+        chosen = TrainSettings(**{"epochs": 2, "batch_size": 13, "learning_rate": 1e-3, "warmup_steps": 4, "best_metric": "valid/item/filtered/ndcg@10", "device": "cpu", **how})
+        table = token_table(ids, 24, separator=config.separator)
+        train_tiger(config, chosen, sequences, table, trie, valid, path, 20, folder / name, augmentation=augmentation)
+
+
+@pytest.fixture(scope="module")
+def tigers(tmp_path_factory):
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    train_tigers(one)
+    launch(train_tigers, (two,), 2)
+    return one, two
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TIGERS)
+def test_tiger_in_two_processes_is_tiger_in_one(name, tigers):
+    a, b = (read_torch(folder / name / "checkpoints" / "last.pt") for folder in tigers)
+    assert a["position"]["step"] == b["position"]["step"] >= 10 and len(a["rng"]) == 1 and len(b["rng"]) == 2
+    assert a["model"].keys() == b["model"].keys()
+    for key in a["model"]:
+        assert torch.allclose(a["model"][key], b["model"][key], atol=1e-5, rtol=1e-5), key
+    assert len(a["position"]["records"]) == len(b["position"]["records"]) == 2
+    for x, y in zip(a["position"]["records"], b["position"]["records"], strict=True):
+        assert x.keys() == y.keys() and {"loss", "valid/item/filtered/recall@10", "valid/item/filtered/ndcg@10"} <= x.keys()
+        assert all(x[k] == pytest.approx(y[k], abs=1e-5) for k in x)
+    first, last = (a["position"]["records"][i]["loss"] for i in (0, -1))
+    assert last < first, "it learns, so that equal is not equal for want of steps"
+
+
+# --- compiled
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    "torch.compile with a backend that runs each graph as it stands, and keeps it: what is tested is ours and dynamo's part, without minutes of C++."
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend=backend, **how))
+    torch._dynamo.reset()
+    yield seen
+    torch._dynamo.reset()
+
+
+def test_a_compiled_tiger_trains_as_a_plain_one(graphs, tmp_path):
+    def run(folder, epochs=2, **changes):
+        sequences, table, trie, valid, ids = ring_world()
+        config = TigerConfig(sizes=ids.sizes, embedding_dim=16, attn_dim=16, num_heads=2, ff_dim=32, encoder_layers=1, decoder_layers=1, dropout=0.0)
+        how = TrainSettings(epochs=epochs, batch_size=13, learning_rate=1e-3, scheduler="constant", best_metric="valid/item/filtered/ndcg@10", device="cpu", **changes)
+        lengths = {int(b.numel()) for b in PrefixSamples.from_sequences(sequences).batches(13, torch.Generator().manual_seed(0))}
+        assert len(lengths) > 1, "the last batch is smaller"
+        return train_tiger(config, how, sequences, table, trie, valid, "exact", 20, folder)
+
+    plain = run(tmp_path / "plain", compile="no")
+    assert not graphs
+    compiled = run(tmp_path / "compiled", compile="yes")
+    assert 1 <= len(graphs) <= 3, "one graph for training and one for evaluation, whatever the batches' lengths"
+    for a, b in zip(plain.position.records, compiled.position.records, strict=True):
+        assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], abs=1e-5) for k in a)
+    states = [read_torch(tmp_path / name / "checkpoints" / "last.pt")["model"] for name in ("plain", "compiled")]
+    assert states[0].keys() == states[1].keys() and all(torch.allclose(states[0][k], states[1][k], atol=1e-5) for k in states[0])
+    best = compiled.load_best()
+    assert best.encode(torch.ones(2, 4, dtype=torch.long))[0].isfinite().all() and Tiger(best.config).load_state_dict(best.state_dict())
+
+
+class Named(Curve):
+    "The curve's network in a module with a forward of its own: dynamo leaves those of torch.nn itself alone."
+
+    class Net(torch.nn.Module):
+        def __init__(self, layers):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x):
+            return self.layers(x)
+
+    def __init__(self):
+        super().__init__()
+        self.model = self.Net(self.model)
+
+
+def test_a_checkpoint_of_a_compiled_training_is_resumed_by_a_plain_one(graphs, tmp_path):
+    how = {"gradient_accumulate_every": 2}
+    fit(Named(), settings(**how), tmp_path / "plain")
+    task = Named()
+    task.breaks_at = 12
+    with pytest.raises(ZeroDivisionError):
+        fit(task, settings(compile="yes", **how), tmp_path / "cut")
+    assert graphs
+    resumed = fit(Named(), settings(compile="no", **how), tmp_path / "cut")
+    assert resumed.resumed_from == (2, 0)
+    same_run(tmp_path / "plain", tmp_path / "cut")
+
+
+def test_on_a_cpu_nothing_is_compiled_unasked(graphs):
+    fit(Named(), settings(compile="auto"))
+    assert not graphs
+    with pytest.raises(ParameterError, match="compile"):
+        fit(Curve(), settings(compile="maybe"))

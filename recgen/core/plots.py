@@ -35,7 +35,7 @@ def read_metrics(
     path = Path(folder) / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-# %% ../../nbs/core/08_plots.ipynb #81454691
+# %% ../../nbs/core/08_plots.ipynb #0e52aafd
 def draw_curves(
     axes,  # one axes a group
     records: list,  # dicts with "epoch" and numbers
@@ -44,11 +44,12 @@ def draw_curves(
     "One axes a group, one line a name; a point for each record that has the name."
     for a, (title, names) in zip(axes, groups.items(), strict=True):
         a.clear()
+        short = [name.rsplit("/", 1)[-1] for name in names]
         for i, name in enumerate(names):
             points = [(r["epoch"], r[name]) for r in records if r.get(name) is not None]
             if points:
                 x, y = zip(*points, strict=True)
-                a.plot(x, y, DASHES[i % 4], color=COLOURS[i % 5], marker="o" if len(x) < 30 else None, markersize=3, label=name.rsplit("/", 1)[-1])
+                a.plot(x, y, DASHES[i % 4], color=COLOURS[i % 5], marker="o" if len(x) < 30 else None, markersize=3, label=short[i] if short.count(short[i]) == 1 else name)
         a.set_title(title, fontsize=10)
         a.xaxis.set_major_locator(MaxNLocator(integer=True))
         a.set_xlabel("epoch")

@@ -26,10 +26,10 @@ from .errors import InputError, RunError, first_few
 from .files import TEMPORARY, atomic_write, read_json, resolve, runs_dir, shown, write_json
 from .hashing import hash_data, hash_source, sha256_file
 
-# %% ../../nbs/core/06_run.ipynb #2050cba5
+# %% ../../nbs/core/06_run.ipynb #2fe1d868
 FORMAT_VERSION = 1
-UNHASHED = ("output_dir", "overwrite", "resume", "log_level")  # they do not change a result
-NOT_OUTPUTS = ("manifest.json", "logs")  # what a manifest does not list
+UNHASHED = ("output_dir", "overwrite", "resume", "log_level", "report_to", "wandb_logging", "project", "log_interval")  # they do not change a result
+NOT_OUTPUTS = ("manifest.json", "logs", "trackers")  # what a manifest does not list
 
 
 def hash_manifest(manifest: dict) -> str:
