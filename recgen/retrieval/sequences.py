@@ -13,7 +13,7 @@ import torch
 from ..core.errors import InputError
 from ..core.ragged import Ragged, bucketed_batches, pad_windows
 
-# %% ../../nbs/retrieval/00_sequences.ipynb #669ba476
+# %% ../../nbs/retrieval/00_sequences.ipynb #1774c0d1
 @dataclass
 class PrefixSamples:
     "Training samples as windows: sample i has history items[start : start + length] and target items[start + length]."
@@ -43,10 +43,10 @@ class PrefixSamples:
         "(B,) target items."
         return self.items[self.starts[index] + self.lengths[index]]
 
-    def histories(self, index):
-        "(B, W) histories from the left, 0 behind, W the longest of the batch."
+    def histories(self, index, width: int = 0):
+        "(B, W) histories from the left, 0 behind, W the longest of the batch where it is not given."
         lengths = self.lengths[index]
-        return pad_windows(self.items, self.starts[index], lengths, int(lengths.max()))
+        return pad_windows(self.items, self.starts[index], lengths, width or int(lengths.max()))
 
     def batches(self, batch_size: int, generator, pool: int = 50) -> list:
         "An epoch: every sample once, in batches of similar length and random order."

@@ -6,7 +6,7 @@
 __all__ = ['EXACT_LIMIT', 'choose_path', 'length_blocks', 'rank_cases', 'rank_exactly', 'rank_by_beam', 'without', 'case_losses',
            'TigerTask', 'train_tiger']
 
-# %% ../../nbs/retrieval/03_training.ipynb #11c42ab9
+# %% ../../nbs/retrieval/03_training.ipynb #4c6be924
 import time
 
 import torch
@@ -14,14 +14,14 @@ import torch
 from ..core.device import resolve_device, seed_everything
 from ..core.errors import InputError
 from ..core.processes import gather_objects
-from ..core.ragged import Ragged
+from ..core.ragged import Ragged, bucketed_batches
 from ..core.training import TrainSettings, fit
 from ..evaluation.ranking import metrics_from_ranks, rank_from_lists, rank_from_scores, top_lists
-from .beam import Seen, beam_search, exact_scores
+from .beam import Seen, beam_searches, exact_scores
 from .sequences import PrefixSamples, history_tokens, prompt_tokens, subsampled, user_tokens
 from .transformer import Tiger, TigerConfig, codes_loss
 
-# %% ../../nbs/retrieval/03_training.ipynb #d0c07d8f
+# %% ../../nbs/retrieval/03_training.ipynb #d2be193c
 EXACT_LIMIT = 2000  # items: up to here `auto` scores the whole catalogue
 
 
@@ -74,11 +74,12 @@ def rank_exactly(model, tokens, trie, history, targets, n_items, beams, k, filte
 
 def rank_by_beam(model, tokens, trie, history, targets, n_items, beams, k, filtered_only=False):
     "From two searches: one over everything, one that leaves the history out."
-    kept = beam_search(model, tokens, trie, k, beams, Seen.of(without(history, targets), trie))
+    seen = Seen.of(without(history, targets), trie)
+    kept, *free = beam_searches(model, tokens, trie, k, beams, (seen,) if filtered_only else (seen, None))
     out = {"rank_filtered": rank_from_lists(kept.items, targets, kept.scores), "filtered_items": kept.items, "filtered_scores": kept.scores, "certified": kept.certified}
     if filtered_only:
         return out
-    free = beam_search(model, tokens, trie, k, beams)
+    (free,) = free
     return out | {"rank": rank_from_lists(free.items, targets, free.scores), "items": free.items, "scores": free.scores,
                   "certified": free.certified & kept.certified}
 
@@ -106,9 +107,11 @@ def case_losses(
         losses[rows] = sum(torch.nn.functional.cross_entropy(x.float(), wanted[:, i], reduction="none") for i, x in enumerate(logits)).double().cpu() / len(logits)
     return losses
 
-# %% ../../nbs/retrieval/03_training.ipynb #47b58105
+# %% ../../nbs/retrieval/03_training.ipynb #a0f19bf0
 class TigerTask:
     "What core.training needs: the model, an epoch's batches, the loss, and validation on fixed cases."
+
+    compiles = True  # the forward is one graph for torch.compile
 
     def __init__(
         self,
@@ -125,7 +128,7 @@ class TigerTask:
         users=None,  # (rows of the sequences,) user ids; 1, 2, 3 … if not given
     ):
         self.model, self.samples, self.table, self.batch_size = model, samples.to(device), table.to(device), batch_size
-        self.epoch_samples, self.augmentation = self.samples, augmentation
+        self.epoch_samples, self.augmentation, self.lengths = self.samples, augmentation, samples.lengths.cpu()
         self.codes = (table[:, : model.n_levels] - model.offsets).to(device)  # (N + 1, L); row 0 is never a target
         self.trie, self.valid, self.path, self.beams = trie.to(device) if trie is not None else None, valid, path, beams
         self.user_tokens = None
@@ -138,13 +141,20 @@ class TigerTask:
     def batches(self, generator):
         if self.augmentation == "subsample":
             self.epoch_samples = subsampled(self.samples, generator)
-        return self.epoch_samples.batches(self.batch_size, generator)
+            self.lengths = self.epoch_samples.lengths.cpu()
+        return bucketed_batches(self.lengths, self.batch_size, generator)
 
-    def loss(self, model, index):
+    def place(self, index):
+        "The batch on the device, with its longest history, which is looked up on the CPU so that a GPU need not be asked."
+        return index.to(self.table.device), int(self.lengths[index].max())
+
+    def loss(self, model, batch):
+        "Of sample numbers, or of what `place` made of them."
+        index, width = batch if isinstance(batch, tuple) else (batch, 0)
         samples = self.epoch_samples
         codes = self.codes[samples.targets(index)]
         users = None if self.user_tokens is None else self.user_tokens[samples.rows[index]]
-        return codes_loss(model(history_tokens(self.table, samples.histories(index), users), codes), codes)
+        return codes_loss(model(history_tokens(self.table, samples.histories(index, width), users), codes), codes)
 
     def evaluate(self, model) -> dict:
         "Loss, and Recall and NDCG with the history filter; each process takes its share of the cases, the figures are of all."

@@ -95,7 +95,7 @@ class RelativeBias(nn.Module):
         distance = torch.arange(n_keys, device=device)[None] - (first_query + torch.arange(n_queries, device=device))[:, None]
         return self.table(distance_buckets(distance, self.bidirectional, self.n_buckets, self.max_distance)).permute(2, 0, 1)
 
-# %% ../../nbs/retrieval/01_transformer.ipynb #ecaf8e14
+# %% ../../nbs/retrieval/01_transformer.ipynb #b33d3174
 class Attention(nn.Module):
     "Multi-head attention with projections that can be called apart (decoding caches keys and values)."
 
@@ -134,7 +134,7 @@ class FeedForward(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.down(self.drop(F.relu(self.up(x))))
+        return self.down(self.drop(F.relu(self.up(x), inplace=True)))
 
 # %% ../../nbs/retrieval/01_transformer.ipynb #79daf251
 class EncoderLayer(nn.Module):
@@ -172,7 +172,7 @@ class DecoderLayer(nn.Module):
         x = x + self.drop(self.cross_attention.attend(self.norm2(x), *cross_kv, cross_mask))
         return x + self.drop(self.ff(self.norm3(x)))
 
-# %% ../../nbs/retrieval/01_transformer.ipynb #331f97a9
+# %% ../../nbs/retrieval/01_transformer.ipynb #1a882b83
 class GuideMethods:
     "The original guide's calls; what they do is in `retrieval.guide`. A history is a list of items' codes, or (B, T) tokens."
 
@@ -188,6 +188,10 @@ class GuideMethods:
         "The same among the trie's tuples."
         return guide().generate(self, history, max_length, beams, trie)
 
+    def recommend_batch(self, batch: dict, k: int = 20):
+        "(B, k, L) code tuples for `batch[\"history\"]`: what TopKAccumulator.evaluate(model, loader) asks."
+        return guide().generate(self, batch["history"], k).codes
+
     def get_attention_weights(self, history):
         "(layers, H, T, T) the encoder's attention over one history."
         return guide().attention_weights(self, history)
@@ -199,7 +203,7 @@ def guide():
 
     return module
 
-
+# %% ../../nbs/retrieval/01_transformer.ipynb #07f0bb8f
 class Tiger(GuideMethods, nn.Module):
     "Encoder–decoder over semantic-ID tokens. `codes_loss(model(history, codes), codes)` trains it; `retrieval.beam` decodes with it."
 
@@ -240,7 +244,9 @@ class Tiger(GuideMethods, nn.Module):
         "Embedded tokens (B, T, d), the mask (B, 1, 1, T), and what the encoder adds to its scores (B, H, T, T)."
         x = self.drop(self.embedding(tokens))
         mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill_(hidden, -torch.inf)[:, None, None]
-        return x, mask, (self.encoder_bias(tokens.shape[1], tokens.shape[1])[None] + mask).to(x.dtype)
+        bias = self.encoder_bias(tokens.shape[1], tokens.shape[1])[None]
+        nothing_hidden = hidden.device.type == "cpu" and not torch.compiler.is_compiling() and not hidden.any()  # a GPU is not asked: it would have to wait
+        return x, mask, (bias if nothing_hidden else bias + mask).to(x.dtype)
 
     def cross_keys_values(self, memory) -> list:
         "Each decoder layer's keys and values of the encoder's output: computed once a user, shared by all beams."
