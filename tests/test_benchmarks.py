@@ -116,8 +116,8 @@ def test_times_and_memory_of_one_measurement_in_fresh_processes(monkeypatch):
 def test_every_measurement_has_what_it_needs_at_every_size(size):
     options = {**stage.SIZES[size], "items": 200, "level_items": 300, "level_width": 4, "seed": 0}
     names = {"rqkmeans", "level", "rqvae", "rqvae_1024", "rqvae_quality", "growth_rqkmeans", "growth_rqvae", "growth_collisions", "growth_stream"}
-    assert names == set(stage.MEASUREMENTS) and all(isinstance(m.limit, str) and m.title for m in stage.MEASUREMENTS.values())
-    for name in names - {"growth_collisions"}:  # which fits a model first
+    assert names == {n for n in stage.MEASUREMENTS if "tiger" not in n} and all(isinstance(m.limit, str) and m.title for m in stage.MEASUREMENTS.values())
+    for name in names - {"growth_collisions"}:  # which fits a model first; TIGER's are in test_benchmarks_tiger
         sides = stage.MEASUREMENTS[name].prepare({**options, "width": 8})
         assert list(sides)[0] == benchmark.OURS and all(s.package in (*stage.PEERS, "") and s.items for s in sides.values())
         assert stage.MEASUREMENTS[name].factors or all(s.flops > 0 and s.precision in ("fp32", "bf16") for s in sides.values())

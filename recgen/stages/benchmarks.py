@@ -9,7 +9,7 @@ __all__ = ['FACTORS', 'SIZES', 'LAYERS', 'MEASUREMENTS', 'RULES', 'PEERS', 'plan
            'ratio_table', 'growth_table', 'number_log_axis', 'plot_ratios', 'plot_time_error', 'plot_growth',
            'save_tables']
 
-# %% ../../nbs/07_benchmarks.ipynb #ef2b2da4
+# %% ../../nbs/07_benchmarks.ipynb #15e57295
 import math
 import tempfile
 import time
@@ -26,6 +26,8 @@ from ..core.params import Rule, at_least, one_of
 from ..core.training import TrainSettings, learning_rate_factor, make_optimizer
 from ..quantization.autoencoder import layer_stack
 from ..quantization.kmeans import assign, fit_kmeans
+from ..retrieval.benchmarks import TIGER_SIZES, measurements, rate_table
+from ..sources.sequences import read_sequences
 from ..tokens.collisions import bucket_counts, resolve
 from ..tokens.rqkmeans import RQKMeans, column_scale, standardized
 from ..tokens.rqvae import RqVaeConfig, catalogue_state, chosen_model, train_rqvae
@@ -260,13 +262,13 @@ def fit_from_file(file, options: dict, seed: int) -> int:
     model = RQKMeans.fit_stream(Path(file.name), n_layers=3, n_clusters=options["stream_codes"], seed=seed, passes=1)
     return sum(len(codes) for _, codes in model.codes_stream(Path(file.name)))
 
-# %% ../../nbs/07_benchmarks.ipynb #8de2c328
+# %% ../../nbs/07_benchmarks.ipynb #ad5c3146
 FACTORS = (1, 4, 16, 64)
 SIZES = {
     "small": {"gemm": 512, "items": 1000, "width": 32, "levels": 3, "codes": 32, "level_items": 4000, "level_width": 32, "level_codes": 64, "iterations": 5, "epochs": 2,
-              "quality_epochs": 4, "base": 200, "stream_base": 1000, "growth_codes": 32, "growth_width": 64, "stream_codes": 16, "peer_dead_code": 0.2},
+              "quality_epochs": 4, "base": 200, "stream_base": 1000, "growth_codes": 32, "growth_width": 64, "stream_codes": 16, "peer_dead_code": 0.2, **TIGER_SIZES["small"]},
     "full": {"gemm": 2048, "items": 12_000, "width": 384, "levels": 3, "codes": 256, "level_items": 200_000, "level_width": 384, "level_codes": 1024, "iterations": 20, "epochs": 4,
-             "quality_epochs": 100, "base": 1000, "stream_base": 16_000, "growth_codes": 256, "growth_width": 64, "stream_codes": 64, "peer_dead_code": 0.2},
+             "quality_epochs": 100, "base": 1000, "stream_base": 16_000, "growth_codes": 256, "growth_width": 64, "stream_codes": 64, "peer_dead_code": 0.2, **TIGER_SIZES["full"]},
 }
 LAYERS = "matrix products of the layers and of the distances"
 MEASUREMENTS = {
@@ -279,6 +281,7 @@ MEASUREMENTS = {
     "growth_rqvae": Measurement("an epoch of the RQ-VAE", "the items: exponent 1", partial(prepare_growth, work="rqvae"), FACTORS),
     "growth_collisions": Measurement("resolving collisions", "the items: exponent 1", partial(prepare_growth, work="collisions"), FACTORS),
     "growth_stream": Measurement("streaming residual k-means", "a block: memory exponent 0", partial(prepare_growth, work="stream"), FACTORS, "stream_base"),
+    **measurements(read_sequences, FACTORS),
 }
 
 # %% ../../nbs/07_benchmarks.ipynb #bfea688b
@@ -398,18 +401,18 @@ def plot_growth(growth: pd.DataFrame):
     figure.tight_layout()
     return figure
 
-# %% ../../nbs/07_benchmarks.ipynb #e5e7d205
+# %% ../../nbs/07_benchmarks.ipynb #5b778fdb
 RULES = {"measurements": Rule("some of " + ", ".join(MEASUREMENTS), lambda v: bool(v) and set(v) <= set(MEASUREMENTS)),
          "allocators": Rule("glibc, tuned or both", lambda v: bool(v) and set(v) <= set(ALLOCATORS)), "size": one_of(*SIZES), "repeats": at_least(1), "threads": at_least(0),
          "seed": at_least(0), "log_level": one_of("DEBUG", "INFO", "WARNING", "ERROR")}
-PEERS = ("faiss-cpu", "scikit-learn", "vector-quantize-pytorch")
+PEERS = ("faiss-cpu", "scikit-learn", "vector-quantize-pytorch", "transformers")
 
 
 def save_tables(folder: Path, measured: dict, described: dict):
-    "benchmarks.json with every single run, and the three tables as CSV."
+    "benchmarks.json with every single run, and the four tables as CSV."
     from recgen.core.files import atomic_write, write_json
 
     write_json(folder / "benchmarks.json", {"machine": described, "measured": measured})
-    for name, frame in (("benchmarks", side_table(measured)), ("ratios", ratio_table(measured)), ("growth", growth_table(measured))):
+    for name, frame in (("benchmarks", side_table(measured)), ("ratios", ratio_table(measured)), ("growth", growth_table(measured)), ("rates", rate_table(measured))):
         with atomic_write(folder / f"{name}.csv", "w") as f:
             frame.to_csv(f, index=False)
