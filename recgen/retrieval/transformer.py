@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'TigerConfig', 'RMSNorm', 'distance_buckets', 'RelativeBias', 'Attention', 'FeedForward', 'EncoderLayer',
-           'DecoderLayer', 'GuideMethods', 'guide', 'Tiger', 'codes_loss', 'initialise', 'count_parameters']
+           'DecoderLayer', 'GuideMethods', 'known_empty', 'guide', 'Tiger', 'codes_loss', 'initialise',
+           'count_parameters']
 
 # %% ../../nbs/retrieval/01_transformer.ipynb #cf480172
 import math
@@ -172,7 +173,7 @@ class DecoderLayer(nn.Module):
         x = x + self.drop(self.cross_attention.attend(self.norm2(x), *cross_kv, cross_mask))
         return x + self.drop(self.ff(self.norm3(x)))
 
-# %% ../../nbs/retrieval/01_transformer.ipynb #1a882b83
+# %% ../../nbs/retrieval/01_transformer.ipynb #db33bdfa
 class GuideMethods:
     "The original guide's calls; what they do is in `retrieval.guide`. A history is a list of items' codes, or (B, T) tokens."
 
@@ -197,13 +198,18 @@ class GuideMethods:
         return guide().attention_weights(self, history)
 
 
+def known_empty(hidden) -> bool:
+    "Whether a mask is seen to hide nothing. Only a CPU is asked: a GPU would have to wait for the answer, and a compiled graph would break."
+    return hidden.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(hidden.any())
+
+
 def guide():
     "The module behind GuideMethods, which imports this one."
     from recgen.retrieval import guide as module
 
     return module
 
-# %% ../../nbs/retrieval/01_transformer.ipynb #07f0bb8f
+# %% ../../nbs/retrieval/01_transformer.ipynb #7ef1896e
 class Tiger(GuideMethods, nn.Module):
     "Encoder–decoder over semantic-ID tokens. `codes_loss(model(history, codes), codes)` trains it; `retrieval.beam` decodes with it."
 
@@ -242,11 +248,9 @@ class Tiger(GuideMethods, nn.Module):
 
     def read(self, tokens, hidden):
         "Embedded tokens (B, T, d), the mask (B, 1, 1, T), and what the encoder adds to its scores (B, H, T, T)."
-        x = self.drop(self.embedding(tokens))
+        x, bias = self.drop(self.embedding(tokens)), self.encoder_bias(tokens.shape[1], tokens.shape[1])[None]
         mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill_(hidden, -torch.inf)[:, None, None]
-        bias = self.encoder_bias(tokens.shape[1], tokens.shape[1])[None]
-        nothing_hidden = hidden.device.type == "cpu" and not torch.compiler.is_compiling() and not hidden.any()  # a GPU is not asked: it would have to wait
-        return x, mask, (bias if nothing_hidden else bias + mask).to(x.dtype)
+        return x, mask, (bias if known_empty(hidden) else bias + mask).to(x.dtype)
 
     def cross_keys_values(self, memory) -> list:
         "Each decoder layer's keys and values of the encoder's output: computed once a user, shared by all beams."
