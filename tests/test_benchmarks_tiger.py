@@ -74,9 +74,9 @@ def test_both_sides_train_on_the_same_samples(monkeypatch):
     seen = {}
     histories = data_module.PrefixSamples.histories
 
-    def watch(self, index):
+    def watch(self, index, *width):
         seen.setdefault(side_name, []).append(index)
-        return histories(self, index)
+        return histories(self, index, *width)
 
     monkeypatch.setattr(data_module.PrefixSamples, "histories", watch)
     sides, found = part.prepare_training(TINY), {}
@@ -124,8 +124,8 @@ def test_search_without_the_tree_is_the_search_of_all_tuples():
     model, tuples = data.model(4), torch.cartesian_prod(*[torch.arange(6)] * 3)
     tokens = prompt_tokens(data.config, data.table, data.prompts(9))
     exact = exact_scores(model, tokens, Trie(tuples, torch.arange(1, 217), [6] * 3), 216).topk(10, 1)
-    assert part.tuple_codes(part.free_search(model, tokens, 216)[0][:, :10], [6] * 3).equal(tuples[exact.indices - 1])
-    assert part.tuple_codes(torch.arange(24).view(4, 6), [2, 3, 4]).flatten(0, 1).equal(torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(4)))
+    assert part.AllTuples([6] * 3).codes(part.free_search(model, tokens, 216)[0][:, :10]).equal(tuples[exact.indices - 1])
+    assert part.AllTuples([2, 3, 4]).codes(torch.arange(24).view(4, 6)).flatten(0, 1).equal(torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(4)))
 
 
 def test_recall_counts_what_the_exact_list_has():

@@ -54,6 +54,7 @@ def test_training_killed_three_times_ends_as_if_undisturbed(tmp_path):
     kill_when("checkpoints/last.pt", "04_tiger", tmp_path, **params)  # while it trains
     assert (folder / "checkpoints" / "last.pt").exists()
     kill_when("model.pt", "04_tiger", tmp_path, **params)  # trained, not yet evaluated
+    kill_when("sasrec/checkpoints/last.pt", "04_tiger", tmp_path, **params)  # while the dense model trains
     printed = rerun("04_tiger", tmp_path, **params)
     assert "error" not in printed.lower()
     assert manifest_of(folder) == manifest_of(tiny("04_tiger"))

@@ -1,5 +1,6 @@
 """The original guide's calls and what they rest on: histories as codes, tuples, attention; the model's named shapes, separator and users."""
 import itertools
+import math
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recgen.core.errors import InputError
+from recgen.core.errors import InputError, RunError
 from recgen.core.ragged import Ragged
 from recgen.core.training import TrainSettings
 from recgen.evaluation.accumulator import TopKAccumulator
@@ -63,6 +64,21 @@ def test_encoded_lists_tensors_and_tokens_are_one_history():
     assert model.get_attention_weights(history).equal(model.get_attention_weights(tokens))
 
 
+def test_a_trie_built_without_sizes_works_as_in_the_guide():
+    model, valid = small(), torch.tensor([[0, 1, 2], [1, 0, 0]])
+    found = model.generate_with_trie([[2, 1, 3]], trie=build_trie(valid), max_length=10)
+    same = model.generate_with_trie([[2, 1, 3]], trie=build_trie(valid, SIZES), max_length=10)
+    assert found.codes.equal(same.codes) and found.scores.equal(same.scores) and (found.codes[0, :2, 0] >= 0).all()
+
+
+def test_generation_has_no_dropout_and_leaves_the_mode_alone():
+    model = small(dropout=0.5).train()
+    ways = [model.generate([[0, 1, 3]], 5).scores for _ in range(2)] + [model.generate(model.encode_sequence([[0, 1, 3]]), 5).scores]
+    assert ways[0].equal(ways[1]) and ways[0].equal(ways[2]) and model.training
+    assert model.get_attention_weights([[0, 1, 3]]).equal(model.get_attention_weights([[0, 1, 3]])) and model.training
+    assert model.get_attention_weights(torch.zeros(1, 3, dtype=torch.long)).isfinite().all(), "an empty history looks at its padding"
+
+
 def test_a_duplicated_tuple_comes_once_and_a_smaller_trie_gives_fewer():
     model = small()
     trie = build_trie(torch.tensor([[0, 0, 0], [0, 0, 0], [2, 1, 3]]), SIZES)
@@ -73,7 +89,8 @@ def test_a_duplicated_tuple_comes_once_and_a_smaller_trie_gives_fewer():
     (lambda m: m.generate([[0, 0]]), "codes that the model does not know"),
     (lambda m: m.generate([[0, 0, 9]]), "codes that the model does not know"),
     (lambda m: m.generate([[0, 0, -1]]), "codes that the model does not know"),
-    (lambda m: m.generate_with_trie([[0, 0, 0]], build_trie([[0, 0, 0]])), "trie is of other codes"),
+    (lambda m: m.generate_with_trie([[0, 0, 0]], build_trie([[0, 0, 4]])), "codes that the model does not know"),
+    (lambda m: m.generate_with_trie([[0, 0, 0]], build_trie([[0, 0]])), "codes that the model does not know"),
     (lambda m: build_trie(torch.zeros(0, 3, dtype=torch.long)), "not rows of codes"),
     (lambda m: build_trie([[0, -1]]), "not rows of codes"),
     (lambda m: build_trie([[0, 4]], sizes=[1, 4]), "beyond the codebooks"),
@@ -106,6 +123,8 @@ def test_the_guides_evaluator_agrees_with_the_ranks():
         rank.append(int((score > own + 1e-6).sum()) + 1)
     for k in (5, 10, 20):
         assert metrics[f"recall@{k}"] == pytest.approx(sum(r <= k for r in rank) / 6)
+        assert metrics[f"ndcg@{k}"] == pytest.approx(sum(1 / math.log2(r + 1) for r in rank if r <= k) / 6)
+    assert metrics["recall@20"] > 0
 
 
 def test_attention_hides_padding_and_adds_up():
@@ -163,6 +182,20 @@ def test_training_knows_whose_sequence_it_is():
     task.loss(model, torch.arange(3)).backward()
     moved = (model.embedding.weight.grad.abs().sum(1) > 0).nonzero().squeeze(1)
     assert set(tokens.tolist()) <= set(moved.tolist()) and int(user_tokens(model.config, torch.tensor([100]))) not in moved.tolist()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    model = small()
+    ids, table = catalogue(model)
+    def train(augmentation="prefix", **changes):
+        config = TigerConfig(SIZES, 16, 16, 2, 32, 1, 1, **{"dropout": 0.0, **changes})
+        return train_tiger(config, TrainSettings(epochs=1, batch_size=4, device="cpu"), Ragged.from_lists([[1, 2, 3], [4, 5]]), table, ids.to_trie(), folder=tmp_path, augmentation=augmentation)
+
+    train()
+    assert train().trained == 0, "the same run is only loaded"
+    for other in ({"dropout": 0.5}, {"max_history": 3}, {"augmentation": "subsample"}):
+        with pytest.raises(RunError, match="checkpoint of another run"):
+            train(**other)
 
 
 def test_presets_are_shapes_and_what_is_given_wins():

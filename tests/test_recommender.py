@@ -21,7 +21,7 @@ from recgen.evaluation.protocol import Cases
 from recgen.formats.semantic_ids import SemanticIDs
 from recgen.retrieval.beam import exact_scores
 from recgen.retrieval.ensemble import candidate_union, ensemble_lists, evaluate_ensemble, mix, score_union, standardise, weight_curve
-from recgen.retrieval.explorer import attention_map, beam_tree, prefix_names, recall_by_length, search_trace, why
+from recgen.retrieval.explorer import attention_map, beam_tree, most_probable, prefix_names, recall_by_length, search_trace, why
 from recgen.retrieval.recommender import HistoryBlocks, Recommender, history_rows, latency
 from recgen.retrieval.sequences import prompt_tokens
 from recgen.retrieval.transformer import Tiger, TigerConfig
@@ -488,15 +488,27 @@ def test_the_trace_is_the_search(shop, histories):
         assert best == sorted(best, reverse=True) and set(levels[-1].attrs["items"]).isdisjoint(history) and best[0] <= np.exp(found["score"].iloc[0]) + 1e-6
 
 
+def test_the_drawn_search_is_the_one_that_recommends_and_what_is_drawn_hangs_together(shop, histories):
+    for history in (*histories[:5], []):
+        levels = search_trace(shop, history, 4, shop.beams)
+        assert levels[-1].attrs["items"] == shop.recommend([history], 4)["item_id"].tolist()
+        drawn = most_probable(levels, 3)
+        for i, (cut, whole) in enumerate(zip(drawn, levels, strict=True)):
+            assert cut.attrs["kept"] == len(whole) and cut.attrs["held"] == pytest.approx(whole["probability"].sum())
+            best = set(whole.nlargest(3, "probability")["prefix"]) | set(whole["prefix"][whole["led"]])
+            assert best <= set(cut["prefix"]) and (cut["led"].sum() == whole["led"].sum())
+            assert i == 0 or [drawn[i - 1]["prefix"][p] for p in cut["parent"]] == [prefix[:-1] for prefix in cut["prefix"]]
+
+
 def texts(figure):
     return [t.get_text() for axis in figure.axes for t in [*axis.texts, axis.title]]
 
 
 def test_the_tree_shows_titles_ranks_and_what_was_had(shop):
-    figure = beam_tree(shop, [1, 2, 3], k=3, beams=6)
+    figure = beam_tree(shop, [1, 2, 3], k=3, show=6)
     shown = texts(figure)
     assert all(any(t.startswith(f"{r}. thing number") for t in shown) for r in (1, 2, 3)) and not any(t.startswith("4. thing") for t in shown)
-    assert sum(t.startswith("code ") for t in shown) == 3 and any("of 6 beams hold" in t for t in shown) and "3" in shown
+    assert sum(t.startswith("code ") for t in shown) == 3 and any("beams hold" in t for t in shown) and "3" in shown
     assert sum(t.startswith("code ") for t in texts(beam_tree(shop, ["B001"], raw=True, levels=2))) == 2
     shared = make(codes=[[0, 0, 0]] * 3 + [[1, 0, 1]] * (N - 3))
     assert any(t.startswith("1. thing number") and "/ 2. thing" in t for t in texts(beam_tree(shared, [], k=2)))

@@ -52,7 +52,24 @@ def test_the_dense_baseline_is_judged_as_what_was_saved():
     together = pd.read_parquet(folder / "per_user_TIGER + SASRec.parquet")
     assert together["user_id"].tolist() == saved["user_id"].tolist() and together["target"].tolist() == saved["target"].tolist()
     lines = (folder / "sasrec" / "metrics.jsonl").read_text().splitlines()
+    assert metrics["baseline/TIGER + SASRec/weight"] in [i / 10 for i in range(11)]
     assert max(json.loads(line).get("valid/item/filtered/ndcg@10", 0) for line in lines) > 0
+
+
+def test_what_is_served_is_what_was_judged():
+    folder, dataset = tiny("04_tiger"), Dataset.load(tiny("00_data"))
+    cases = cases_from_dataset(dataset, "test")
+    recommender = Recommender.load(folder, device="cpu")
+    assert recommender.beams == 20 and recommender.weight == manifest_of(folder)["metrics"]["baseline/TIGER + SASRec/weight"]
+    judged = pd.read_parquet(folder / "per_user_TIGER + SASRec.parquet")
+    served = recommender.recommend(cases.history, 10, users=cases.users.numpy(), ensemble=True)
+    hit = served.merge(judged, left_on=["user", "item_id"], right_on=["user_id", "target"])
+    top = judged[(judged["rank_filtered"] > 0) & (judged["rank_filtered"] <= 10)]
+    repeats = {u for u, h, t in zip(cases.users.tolist(), cases.history.tolist(), cases.targets.tolist(), strict=True) if t in h}
+    assert set(hit["user"]) == set(top["user_id"]) - repeats and (hit["rank"] <= hit["rank_filtered"]).all() and len(top) > 3
+    lists = pd.read_parquet(folder / "recommendations.parquet")
+    alone = Recommender.load(folder, device="cpu", beams=10_000).recommend(cases.history, 10, users=cases.users.numpy())
+    assert (alone["item_id"].to_numpy() == lists["item_id"].to_numpy()).mean() > 0.99, "the table's lists, scored exactly, are those of a search that drops nothing"
 
 
 def test_without_epochs_there_is_no_dense_model(tmp_path):
@@ -116,6 +133,7 @@ def test_wandb_logging_joins_the_other_trackers(monkeypatch):
     (dict(n_layers=1), ParameterError, "n_layers"),
     (dict(dropout=-0.5), ParameterError, "dropout"),
     (dict(augmentation="shuffle"), ParameterError, "augmentation"),
+    (dict(sasrec_dim=33), ParameterError, "sasrec_dim"),
     (dict(compile="maybe"), ParameterError, "compile"),
     (dict(epochs=1, n_epoch=2), ParameterError, "two names of one parameter"),
 ])

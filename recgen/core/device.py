@@ -6,9 +6,11 @@
 __all__ = ['COMPILE', 'resolve_device', 'seed_everything', 'generator', 'random_state', 'set_random_state', 'can_compile',
            'compile_in_place']
 
-# %% ../../nbs/core/07_device.ipynb #55858696
+# %% ../../nbs/core/07_device.ipynb #31c9b7a9
 import importlib.util
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -60,14 +62,14 @@ def set_random_state(state: dict, device):
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
 
-# %% ../../nbs/core/07_device.ipynb #93f30248
+# %% ../../nbs/core/07_device.ipynb #a8135088
 COMPILE = ("auto", "yes", "no")
 
 
 def can_compile(device) -> bool:
-    "Whether this machine can compile for a CUDA device: Triton, a GPU of 2017 or later (compute capability 7), and a C compiler."
+    "Whether this machine can compile for a CUDA device: Triton, a GPU of 2017 or later (compute capability 7), a C compiler and Python's headers."
     return (device.type == "cuda" and importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
-            and any(shutil.which(name) for name in ("cc", "gcc", "clang")))
+            and any(shutil.which(name) for name in ("cc", "gcc", "clang")) and Path(sysconfig.get_path("include"), "Python.h").exists())
 
 
 def compile_in_place(

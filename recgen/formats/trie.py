@@ -115,7 +115,7 @@ class TrieArrays:
         table[self.parent[level + 1], self.code[level + 1]] = torch.arange(self.n_nodes[level + 1], device=table.device)
         return table
 
-# %% ../../nbs/formats/02_trie.ipynb #431b3b8c
+# %% ../../nbs/formats/02_trie.ipynb #ec4a46a1
 class TrieSteps(TrieArrays):
     "The questions that decoding asks, for any number of nodes at once."
 
@@ -151,6 +151,11 @@ class TrieSteps(TrieArrays):
             return places, self.dense[level][nodes, places].clamp_(min=0)
         child = (self.starts[level][nodes] + places).clamp_(max=self.n_nodes[level + 1] - 1)
         return self.code[level + 1][child], child
+
+    def codes(self, leaves):
+        "(…, L) the codes of leaves (…)."
+        nodes = self.ancestors[leaves]
+        return torch.stack([self.code[level][nodes[..., level]] for level in range(1, self.n_levels + 1)], -1)
 
     def place(self, level: int, nodes):
         "Where nodes of a level stand among the `continuations` of their parents."

@@ -189,7 +189,7 @@ class Seen:
         place = torch.searchsorted(self.items, flat).clamp(max=self.items.shape[1] - 1)
         return (self.items.gather(1, place) == flat).view_as(items)
 
-# %% ../../nbs/retrieval/02_beam.ipynb #b9a7e322
+# %% ../../nbs/retrieval/02_beam.ipynb #fc280d87
 def search_prefixes(
     decoder: Decoder,
     tree,  # Trie on the same device, or AllTuples
@@ -236,6 +236,14 @@ class AllTuples:
 
     def follow(self, level, nodes, places):
         return places, nodes * self.sizes[level] + places
+
+    def codes(self, leaves):
+        "(…, L) the codes of leaves (…)."
+        columns = []
+        for k in reversed(self.sizes):
+            columns.insert(0, leaves % k)
+            leaves = leaves // k
+        return torch.stack(columns, -1)
 
 # %% ../../nbs/retrieval/02_beam.ipynb #a9048022
 @dataclass

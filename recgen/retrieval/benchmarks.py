@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TIGER_SIZES', 'MEASUREMENTS', 'typical_batches', 'ChosenBatches', 'train_ours', 'train_peer', 'prepare_training',
-           'prepare_loss', 'tuple_codes', 'decode', 'decode_peer', 'prepare_decoding', 'prepare_trie',
-           'prepare_growing_catalogue', 'prepare_growing_users', 'prepare_exact', 'measurements', 'rate_table']
+           'prepare_loss', 'decode', 'decode_peer', 'prepare_decoding', 'prepare_trie', 'prepare_growing_catalogue',
+           'prepare_growing_users', 'prepare_exact', 'measurements', 'rate_table']
 
-# %% ../../nbs/retrieval/10_benchmarks.ipynb #05acda33
+# %% ../../nbs/retrieval/10_benchmarks.ipynb #bf76c9d9
 import time
 from functools import cache, partial
 
@@ -19,7 +19,7 @@ from ..core.device import generator, seed_everything
 from ..core.ragged import Ragged
 from ..core.training import TrainSettings, fit, make_optimizer
 from ..formats.trie import Trie
-from .beam import beam_search, exact_scores, free_search
+from .beam import AllTuples, beam_search, exact_scores, free_search
 from .benchmark_data import TigerData, allowed_tokens, decoding_flops, drawn_codes, peer_model, training_flops
 from .sequences import prompt_tokens
 from .training import TigerTask, length_blocks
@@ -132,19 +132,7 @@ def prepare_loss(options: dict, read=None) -> dict:
     return {OURS + mark: Side(partial(train_ours, data=data, options=options, precision=precision), judge, partial(train_ours, 0, data, warm, precision),
                               precision="bf16" if mark else "fp32", **common) for precision, mark in (("no", ""), ("bf16", " bf16"))}
 
-# %% ../../nbs/retrieval/10_benchmarks.ipynb #380f2cee
-def tuple_codes(
-    numbers,  # (…) of tuples in the order of their codes, as free_search gives them
-    sizes,  # codes of each level
-):  # (…, L)
-    "The tuples' codes."
-    columns = []
-    for k in reversed(sizes):
-        columns.insert(0, numbers % k)
-        numbers = numbers // k
-    return torch.stack(columns, -1)
-
-
+# %% ../../nbs/retrieval/10_benchmarks.ipynb #216059bb
 def decode(
     model,  # Tiger, in eval mode
     data: TigerData,
@@ -159,7 +147,7 @@ def decode(
     for rows in length_blocks(history, block):
         tokens = prompt_tokens(model.config, data.table, history.select(rows))
         if trie is None:
-            found = data.trie.find(tuple_codes(free_search(model, tokens, beams, precision)[0][:, :10], data.config.sizes).flatten(0, 1)) >= 0
+            found = data.trie.find(AllTuples(data.config.sizes).codes(free_search(model, tokens, beams, precision)[0][:, :10]).flatten(0, 1)) >= 0
         else:
             found = beam_search(model, tokens, trie, 10, beams, precision=precision).items > 0
         legal, n = legal + int(found.sum()), n + found.numel()

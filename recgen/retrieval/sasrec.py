@@ -6,7 +6,7 @@
 __all__ = ['TrainingWindows', 'SasRecConfig', 'attention_blocks', 'SasRecLayer', 'SasRecEncoder', 'initialise',
            'CatalogueCrossEntropy', 'check_items', 'checked_state', 'SasRec', 'SasRecTask', 'train_sasrec']
 
-# %% ../../nbs/retrieval/04_sasrec.ipynb #03a0cd99
+# %% ../../nbs/retrieval/04_sasrec.ipynb #526fba0e
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from ..core.device import resolve_device, seed_everything
 from ..core.errors import InputError, first_few
 from ..core.files import read_torch
-from ..core.processes import gather_objects
+from ..core.processes import gather_objects, own_share
 from ..core.ragged import Ragged, bucketed_batches, windows
 from ..core.training import TrainSettings, fit
 from ..evaluation.ranking import metrics_from_ranks, rank_from_scores, top_lists
@@ -211,7 +211,7 @@ def checked_state(path) -> dict:
         raise InputError("this is not a checkpoint of a SASRec", file=path, found=found, expected="config, model", mend=mend)
     return state
 
-# %% ../../nbs/retrieval/04_sasrec.ipynb #a78af1a6
+# %% ../../nbs/retrieval/04_sasrec.ipynb #b4bcbd4a
 class SasRec(SasRecEncoder):
     "SASRec: `scores` ranks the catalogue by products with the item vectors; `forward` is the training loss."
 
@@ -228,6 +228,7 @@ class SasRec(SasRecEncoder):
         "Sum of the cross-entropies at all places with a target."
         learned, kind = (targets > 0).nonzero().squeeze(1), values.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.items.weight.dtype
+        dtype = torch.float32 if dtype == torch.float16 else dtype  # half precision ends at 6e-8: the probability of a target far down would be 0
         with torch.autocast(kind, enabled=False):
             hidden = self.encode(Ragged(values, offsets))
             return CatalogueCrossEntropy.apply(hidden[learned], self.items.weight[1:], targets[learned] - 1, dtype, 1 << (21 if kind == "cpu" else 25))
@@ -271,7 +272,7 @@ class SasRec(SasRecEncoder):
             raise InputError("the checkpoint is of another model", file=path, found=str(e).splitlines()[0][:200], mend="load it with the recgen that wrote it") from e
         return model.eval()
 
-# %% ../../nbs/retrieval/04_sasrec.ipynb #01d66f40
+# %% ../../nbs/retrieval/04_sasrec.ipynb #f114ab4b
 class SasRecTask:
     "What core.training needs: the model, an epoch's batches, the loss, and validation on fixed cases."
 
@@ -297,9 +298,7 @@ class SasRecTask:
 
     def evaluate(self, model) -> dict:
         "Recall and NDCG with the history filter; each process ranks its share of the cases, the metrics are of all."
-        shares = gather_objects(None)
-        rank = torch.distributed.get_rank() if len(shares) > 1 else 0
-        part = self.valid.select(torch.arange(rank, len(self.valid), len(shares)))
+        part = self.valid.select(own_share(len(self.valid)))
         blocks = map(part.select, torch.arange(len(part)).split(512))
         ranks = [rank_from_scores(model.scores(b.history), b.targets, b.history).cpu() for b in blocks]
         return metrics_from_ranks(torch.cat(sum(gather_objects(ranks), [])), (5, 10), "valid/item/filtered")

@@ -137,7 +137,7 @@ class FeedForward(nn.Module):
     def forward(self, x):
         return self.down(self.drop(F.relu(self.up(x), inplace=True)))
 
-# %% ../../nbs/retrieval/01_transformer.ipynb #79daf251
+# %% ../../nbs/retrieval/01_transformer.ipynb #2547f4a2
 class EncoderLayer(nn.Module):
     "Self-attention, then feed-forward, each behind a norm and around a residual."
 
@@ -166,10 +166,6 @@ class DecoderLayer(nn.Module):
     def forward(self, x, self_mask, cross_kv, cross_mask):
         h = self.norm1(x)
         x = x + self.drop(self.self_attention.attend(h, *self.self_attention.keys_values(h), self_mask))
-        return self.rest(x, cross_kv, cross_mask)
-
-    def rest(self, x, cross_kv, cross_mask):
-        "What follows self-attention; decoding enters here."
         x = x + self.drop(self.cross_attention.attend(self.norm2(x), *cross_kv, cross_mask))
         return x + self.drop(self.ff(self.norm3(x)))
 
@@ -209,7 +205,7 @@ def guide():
 
     return module
 
-# %% ../../nbs/retrieval/01_transformer.ipynb #7ef1896e
+# %% ../../nbs/retrieval/01_transformer.ipynb #218bba4b
 class Tiger(GuideMethods, nn.Module):
     "Encoder–decoder over semantic-ID tokens. `codes_loss(model(history, codes), codes)` trains it; `retrieval.beam` decodes with it."
 
@@ -238,16 +234,14 @@ class Tiger(GuideMethods, nn.Module):
         tokens,  # (B, T) history tokens, 0 = padding
     ):  # (B, T, d), and the mask (B, 1, 1, T) that hides padding
         "The encoder's output for histories. An empty history is one padding token that may be attended."
-        if tokens.shape[1] == 0:
-            tokens = tokens.new_zeros(len(tokens), 1)
-        hidden = (tokens == 0) & (tokens != 0).any(1, keepdim=True)
-        x, mask, bias = self.read(tokens, hidden)
+        x, mask, bias = self.read(tokens if tokens.shape[1] else tokens.new_zeros(len(tokens), 1))
         for layer in self.encoder:
             x = layer(x, bias)
         return self.drop(self.encoder_norm(x)), mask
 
-    def read(self, tokens, hidden):
+    def read(self, tokens):
         "Embedded tokens (B, T, d), the mask (B, 1, 1, T), and what the encoder adds to its scores (B, H, T, T)."
+        hidden = (tokens == 0) & (tokens != 0).any(1, keepdim=True)
         x, bias = self.drop(self.embedding(tokens)), self.encoder_bias(tokens.shape[1], tokens.shape[1])[None]
         mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill_(hidden, -torch.inf)[:, None, None]
         return x, mask, (bias if known_empty(hidden) else bias + mask).to(x.dtype)
