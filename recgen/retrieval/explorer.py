@@ -250,7 +250,7 @@ def attention_map(
     axis.set_title(f"{read[most]:.0%} of the attention goes to {where} ({np.diff(edges)[most] / len(weights):.0%} of the tokens)", fontsize=9)
     return figure
 
-# %% ../../nbs/retrieval/07_explorer.ipynb #a9fa1b5c
+# %% ../../nbs/retrieval/07_explorer.ipynb #560ce119
 def recall_by_length(
     per_user: dict,  # {model name: DataFrame user_id, target, rank, rank_filtered}
     cases,  # the Cases that were ranked
@@ -281,6 +281,6 @@ def recall_by_length(
     axis.set_ylabel(f"recall@{k}")
     best = max(firsts, key=firsts.get)
     axis.set_title(f"{best}: recall@{k} {firsts[best]:.1%} after {names[used[0]]}, {lasts[best]:.1%} after {names[used[-1]]}", fontsize=9)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     return figure
