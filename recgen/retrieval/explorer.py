@@ -112,7 +112,7 @@ def search_trace(recommender, history, k: int, beams: int, exclude_seen: bool = 
     levels[-1].attrs["items"] = best.tolist()
     return levels
 
-# %% ../../nbs/retrieval/07_explorer.ipynb #51ec460e
+# %% ../../nbs/retrieval/07_explorer.ipynb #bbb7a0d5
 def most_probable(trace: list, n: int) -> list:
     "search_trace's levels, each cut to its n most probable prefixes, those that led to a result, and their parents; `kept` and `held` of the whole level in attrs."
     keep = [(level["probability"].rank(ascending=False, method="first") <= n).to_numpy() | level["led"].to_numpy(dtype=bool) for level in trace]
@@ -126,7 +126,7 @@ def most_probable(trace: list, n: int) -> list:
         out, place = [*out, cut], mask.cumsum() - 1
     return out
 
-
+# %% ../../nbs/retrieval/07_explorer.ipynb #4d890c4d
 def beam_tree(
     recommender,  # Recommender
     history,  # one user's items, oldest first
