@@ -25,7 +25,6 @@ from recgen.graph.hetero import (
     without_interactions,
 )
 
-
 def toy_dataset(n_users=30, n_items=20, seed=0, **info):
     draws = np.random.default_rng(seed)
     rows = [(u, i, k) for u in range(1, n_users + 1) for k, i in enumerate(draws.choice(n_items, draws.integers(3, 9), replace=False) + 1)]
