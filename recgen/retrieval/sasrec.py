@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TrainingWindows', 'SasRecConfig', 'attention_blocks', 'SasRecLayer', 'SasRecEncoder', 'initialise',
-           'CatalogueCrossEntropy', 'check_items', 'checked_state', 'SasRec', 'SasRecTask', 'train_sasrec']
+           'CatalogueCrossEntropy', 'check_items', 'SasRec', 'SasRecTask', 'train_sasrec']
 
-# %% ../../nbs/retrieval/04_sasrec.ipynb #526fba0e
+# %% ../../nbs/retrieval/04_sasrec.ipynb #bd6f1c06
 from dataclasses import asdict, dataclass
 
 import torch
@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.device import resolve_device, seed_everything
-from ..core.errors import InputError, first_few
-from ..core.files import read_torch
+from ..core.errors import InputError
+from ..core.models import load_model, model_state
 from ..core.processes import gather_objects, own_share
 from ..core.ragged import Ragged, bucketed_batches, windows
 from ..core.training import TrainSettings, fit
 from ..evaluation.ranking import metrics_from_ranks, rank_from_scores, top_lists
+from .training import validation_line
 
 # %% ../../nbs/retrieval/04_sasrec.ipynb #b314a899
 @dataclass
@@ -196,22 +197,13 @@ class CatalogueCrossEntropy(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         return hidden * grad.to(hidden.dtype), weight * grad.to(weight.dtype), None, None, None
 
-# %% ../../nbs/retrieval/04_sasrec.ipynb #da65192f
+# %% ../../nbs/retrieval/04_sasrec.ipynb #e04bca20
 def check_items(values, n_items: int, problem: str):
     "InputError where an id is none of 1 … n_items."
     if bool(((values < 1) | (values > n_items)).any()):
         raise InputError(problem, column="item_id", found=f"{int(values.min())} … {int(values.max())}", expected=f"1 … {n_items}")
 
-
-def checked_state(path) -> dict:
-    "The file's `config` and `model`; InputError where it has none."
-    state, mend = read_torch(path, mend="train the model again"), "give a file that holds the state() of a SasRec"
-    if not isinstance(state, dict) or not isinstance(state.get("config"), dict) or "model" not in state:
-        found = "keys " + first_few(state) if isinstance(state, dict) else type(state).__name__
-        raise InputError("this is not a checkpoint of a SASRec", file=path, found=found, expected="config, model", mend=mend)
-    return state
-
-# %% ../../nbs/retrieval/04_sasrec.ipynb #b4bcbd4a
+# %% ../../nbs/retrieval/04_sasrec.ipynb #99c79be5
 class SasRec(SasRecEncoder):
     "SASRec: `scores` ranks the catalogue by products with the item vectors; `forward` is the training loss."
 
@@ -259,20 +251,14 @@ class SasRec(SasRecEncoder):
 
     def state(self) -> dict:
         "Weights and shape, for core.files.write_torch."
-        return {"config": asdict(self.config), "model": {k: v.detach().cpu() for k, v in self.state_dict().items()}}
+        return model_state(self)
 
     @classmethod
     def load_from_checkpoint(cls, path):
         "From a file that holds `state()`. InputError for a checkpoint of something else."
-        state = checked_state(path)
-        try:
-            model = cls(SasRecConfig(**state["config"]))
-            model.load_state_dict(state["model"])
-        except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
-            raise InputError("the checkpoint is of another model", file=path, found=str(e).splitlines()[0][:200], mend="load it with the recgen that wrote it") from e
-        return model.eval()
+        return load_model(lambda config: cls(SasRecConfig(**config)), path, "SASRec", "give a file that holds the state() of a SasRec")
 
-# %% ../../nbs/retrieval/04_sasrec.ipynb #f114ab4b
+# %% ../../nbs/retrieval/04_sasrec.ipynb #a90bce7b
 class SasRecTask:
     "What core.training needs: the model, an epoch's batches, the loss, and validation on fixed cases."
 
@@ -304,8 +290,7 @@ class SasRecTask:
         return metrics_from_ranks(torch.cat(sum(gather_objects(ranks), [])), (5, 10), "valid/item/filtered")
 
     def log_line(self, record) -> str:
-        return f"Epoch {record['epoch']}: Loss={record['loss']:.4f}" + "".join(
-            f", {k.rsplit('/', 1)[1]}={v:.4f}" for k, v in record.items() if k.startswith("valid/") and "@10" in k)
+        return validation_line(record, "SASRec")
 
 # %% ../../nbs/retrieval/04_sasrec.ipynb #d611f135
 def train_sasrec(

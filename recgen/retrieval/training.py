@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXACT_LIMIT', 'choose_path', 'length_blocks', 'rank_cases', 'rank_exactly', 'rank_by_beam', 'without', 'case_losses',
-           'TigerTask', 'train_tiger']
+           'validation_line', 'TigerTask', 'train_tiger']
 
 # %% ../../nbs/retrieval/03_training.ipynb #4eec9832
 import time
@@ -108,7 +108,16 @@ def case_losses(
         losses[rows] = sum(torch.nn.functional.cross_entropy(x.float(), wanted[:, i], reduction="none") for i, x in enumerate(logits)).cpu().double() / len(logits)
     return losses
 
-# %% ../../nbs/retrieval/03_training.ipynb #5bc6911b
+# %% ../../nbs/retrieval/03_training.ipynb #66f2a761
+def validation_line(
+    record: dict,  # of metrics.jsonl
+    name: str = "",  # of the model, where the log is of several
+) -> str:
+    "`Epoch 3: Loss=1.2345, recall@10=0.0567, ndcg@10=0.0456`; with a name `SASRec epoch 3: …`."
+    found = {k.rsplit("/", 1)[1]: v for k, v in record.items() if k.startswith("valid/") and "@10" in k}
+    return (f"{name} epoch" if name else "Epoch") + f" {record['epoch']}: " + ", ".join(f"{k}={v:.4f}" for k, v in {"Loss": record["loss"], **found}.items())
+
+# %% ../../nbs/retrieval/03_training.ipynb #81ac5d3f
 class TigerTask:
     "What core.training needs: the model, an epoch's batches, the loss, and validation on fixed cases."
 
@@ -167,8 +176,7 @@ class TigerTask:
         return {"valid/loss": losses.mean().item(), **metrics_from_ranks(ranks, (5, 10), "valid/item/filtered")}
 
     def log_line(self, record) -> str:
-        return f"Epoch {record['epoch']}: Loss={record['loss']:.4f}" + "".join(
-            f", {k.rsplit('/', 1)[1]}={v:.4f}" for k, v in record.items() if k.startswith("valid/") and "@10" in k)
+        return validation_line(record)
 
 # %% ../../nbs/retrieval/03_training.ipynb #6ac3f9a8
 def train_tiger(

@@ -7,16 +7,16 @@ __all__ = ['PRESETS', 'TigerConfig', 'RMSNorm', 'distance_buckets', 'RelativeBia
            'DecoderLayer', 'GuideMethods', 'known_empty', 'guide', 'Tiger', 'codes_loss', 'initialise',
            'count_parameters']
 
-# %% ../../nbs/retrieval/01_transformer.ipynb #cf480172
+# %% ../../nbs/retrieval/01_transformer.ipynb #1970e281
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core.errors import InputError, first_few
-from ..core.files import read_torch
+from ..core.errors import InputError
+from ..core.models import load_model, model_state
 
 # %% ../../nbs/retrieval/01_transformer.ipynb #5a92a3c4
 PRESETS = {
@@ -205,7 +205,7 @@ def guide():
 
     return module
 
-# %% ../../nbs/retrieval/01_transformer.ipynb #218bba4b
+# %% ../../nbs/retrieval/01_transformer.ipynb #530d1b33
 class Tiger(GuideMethods, nn.Module):
     "Encoder–decoder over semantic-ID tokens. `codes_loss(model(history, codes), codes)` trains it; `retrieval.beam` decodes with it."
 
@@ -269,21 +269,12 @@ class Tiger(GuideMethods, nn.Module):
 
     def state(self) -> dict:
         "Weights and shape, for torch.save."
-        return {"config": asdict(self.config), "model": {k: v.detach().cpu() for k, v in self.state_dict().items()}}
+        return model_state(self)
 
     @classmethod
     def load_from_checkpoint(cls, path):
         "From model.pt, or any checkpoint that holds `config` and `model`. InputError for a checkpoint of something else."
-        state = read_torch(path, mend="run 04_tiger again")
-        if not isinstance(state, dict) or not isinstance(state.get("config"), dict) or "model" not in state:
-            found = "keys " + first_few(state) if isinstance(state, dict) else type(state).__name__
-            raise InputError("this is not a checkpoint of a TIGER model", file=path, found=found, expected="config, model", mend="give the model.pt of a run of 04_tiger")
-        try:
-            model = cls(TigerConfig(**state["config"]))
-            model.load_state_dict(state["model"])
-        except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
-            raise InputError("the checkpoint is of another model", file=path, found=str(e).splitlines()[0][:200], mend="load it with the recgen that wrote it") from e
-        return model.eval()
+        return load_model(lambda config: cls(TigerConfig(**config)), path, "TIGER model", "give the model.pt of a run of 04_tiger")
 
 # %% ../../nbs/retrieval/01_transformer.ipynb #afd18f66
 def codes_loss(

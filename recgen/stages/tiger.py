@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RULES', 'ALIASES', 'planted_ids', 'read_inputs', 'table_place', 'read_oracle', 'check_ids', 'trained_rows', 'train',
            'train_dense', 'evaluate_tiger', 'evaluate_baselines', 'evaluate_together', 'train_counts', 'add_context',
-           'save_results', 'show_recommendations', 'model_config', 'train_settings']
+           'save_results', 'show_recommendations', 'ahead', 'finding', 'model_config', 'train_settings']
 
-# %% ../../nbs/04_tiger.ipynb #f6a5b2d0
+# %% ../../nbs/04_tiger.ipynb #f5679e04
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from ..evaluation.evaluator import evaluate_lists, evaluate_scores, per_user_tab
 from ..evaluation.protocol import cases_from_dataset, check_no_leakage, check_provenance
 from ..evaluation.ranking import drop_seen
 from ..evaluation.slices import catalogue_metrics, slice_table
+from ..evaluation.uncertainty import compare
 from ..formats.dataset import LEAVE_ONE_OUT, Dataset
 from ..formats.semantic_ids import SemanticIDs
 from ..retrieval.ensemble import evaluate_ensemble, weight_curve
@@ -209,6 +210,26 @@ def show_recommendations(lists: pd.DataFrame, cases, items: pd.DataFrame, n_user
                          "recommended": (title[item] if item else "") + ("  ← took it" if item == target else ""),
                          "took next": title[target] if r == 0 else ""})
     return pd.DataFrame(rows)
+
+# %% ../../nbs/04_tiger.ipynb #5b170d87
+def ahead(a: str, b: str, users: dict, metric: str) -> str:
+    "How far model a is before model b: the difference paired on users, its interval, and what the interval says."
+    d = compare(users[a], users[b], ks=(10,)).loc[metric]
+    return f"  over {b}: {d.difference:+.4f} [{d.low:+.4f}, {d.high:+.4f}], {'clear' if d['clear'] else 'not clear: the interval holds 0'}"
+
+
+def finding(
+    table,  # result_table's, one row a model
+    users: dict,  # {model: per-user ranks} of the same models
+) -> str:
+    "Which model is best by Recall@10 and NDCG@10 (history filtered), by how much over the next one, and where TIGER alone stands."
+    lines = []
+    for metric, name in (("recall@10", "Recall@10"), ("ndcg@10", "NDCG@10")):
+        ranking = table[f"filtered/{metric}"].sort_values(ascending=False, kind="stable")
+        best, *others = ranking.index
+        pairs = [(best, other) for other in dict.fromkeys([*others[:1], *(["TIGER"] if best != "TIGER" else [])])]
+        lines += [f"{name}: {best} is best with {ranking.iloc[0]:.4f}", *(ahead(a, b, users, metric) for a, b in pairs)]
+    return "\n".join(lines)
 
 # %% ../../nbs/04_tiger.ipynb #05f511fa
 RULES = {

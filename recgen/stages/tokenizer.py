@@ -9,7 +9,7 @@ __all__ = ['RULES', 'read_vectors', 'read_catalogue', 'world_vectors', 'open_str
            'part_of', 'evidence_of', 'judge', 'publish', 'plain', 'finding', 'table_name', 'foreign_tables',
            'check_together']
 
-# %% ../../nbs/03_tokenizer.ipynb #ae6ad6cf
+# %% ../../nbs/03_tokenizer.ipynb #c2e1d7ec
 import glob
 import math
 import os
@@ -25,7 +25,7 @@ from ..core.files import read_json, read_parquet, resolve, write_json, write_ten
 from ..core.params import Rule, at_least, between, one_of
 from ..core.processes import launch
 from ..core.run import verify_file
-from ..core.training import SCHEDULERS, TrainSettings
+from ..core.training import SCHEDULERS, TrainSettings, log_records
 from ..formats.dataset import check_items
 from ..formats.embeddings import Embeddings, check_same_items, load_embeddings
 from ..formats.semantic_ids import SemanticIDs
@@ -142,7 +142,7 @@ def check_capacity(vectors: Embeddings, n_layers: int, k: int, dedup: str, name:
         raise InputError("more items than different tuples of codes", column=f"n_layers, {name}", found=f"{len(x)} items, {k}^{n_layers} tuples",
                          expected=f"items ≤ {name}^n_layers", mend=f"raise n_layers or {name}")
 
-# %% ../../nbs/03_tokenizer.ipynb #d793aa1c
+# %% ../../nbs/03_tokenizer.ipynb #7c25b50a
 def fit_kmeans_model(vectors: Embeddings, p, device, log, source=None) -> RQKMeans:
     "Residual k-means with the stage's parameters `p`, fitted to the vectors, or to a sample of a source."
     wanted = {"yes": True, "no": False}.get(p.standardize, len(vectors.sources) > 1)
@@ -168,8 +168,7 @@ def fit_rqvae_model(vectors: Embeddings, p, folder: Path, fingerprint: dict, log
     link_checkpoints(folder)
     model = chosen_model(trainer, p.select)
     if p.num_processes > 1:
-        for record in trainer.position.records:
-            log.info(trainer.task.log_line(record))
+        log_records(trainer.position.records, log, trainer.task.log_line)
     if p.select == "duplicates" and trainer.best.value is not None and trainer.best.value > 1:
         log.warning("warning: no epoch rebuilt within max_reconstruction=%g; the nearest to it is kept", p.max_reconstruction)
     facts = {"epochs": trainer.position.epoch, "best_epoch": trainer.best.epoch, "best_value": trainer.best.value, "samples": trainer.position.samples,
