@@ -13,7 +13,7 @@ from ..core.errors import InputError
 from ..core.files import read_json, write_json
 from ..core.run import verify_file
 
-# %% ../../nbs/formats/04_provenance.ipynb #235b19af
+# %% ../../nbs/formats/04_provenance.ipynb #1a72be2d
 FILE = "provenance.json"
 
 
@@ -31,8 +31,8 @@ class Provenance:
 
     @classmethod
     def read(cls, folder):
-        "Of a run folder, verified; empty where it has none. InputError for a file that is not one."
-        path = Path(folder) / FILE
+        "Of a run folder, or of the one that a file lies in, verified; empty where it has none. InputError for a file that is not one."
+        path = (Path(folder).parent if Path(folder).is_file() else Path(folder)) / FILE
         if not path.exists():
             return cls()
         found = read_json(verify_file(path))
