@@ -13,7 +13,6 @@ from recgen.retrieval.training import TigerTask, validation_line
 from recgen.retrieval.transformer import Tiger, TigerConfig
 from recgen.stages.tiger import finding
 
-
 @dataclass
 class Shape:
     width: int = 3
