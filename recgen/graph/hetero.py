@@ -22,7 +22,7 @@ from ..core.neighbours import block_rows
 from ..evaluation.baselines import keep_top
 from ..formats.dataset import Dataset, check_ids, dataset_table
 
-# %% ../../nbs/graph/00_hetero.ipynb #7aa0cab7
+# %% ../../nbs/graph/00_hetero.ipynb #f7e4783b
 def index_type(largest: int):
     "int32 where it suffices: half the memory, and what MKL's sparse products take."
     return torch.int32 if largest < 2**31 else torch.int64
@@ -30,6 +30,9 @@ def index_type(largest: int):
 
 class CsrForms:
     "Other forms of the same edges, for Csr."
+
+    def __repr__(self):
+        return f"Csr({self.n_edges:,} edges from {self.n_columns:,} to {self.n_rows:,} nodes)"
 
     def edge_index(self):
         "(2, E) int64 in torch-geometric's form: sources, then targets."
@@ -53,7 +56,7 @@ class CsrForms:
             part.share_memory_()
         return self
 
-# %% ../../nbs/graph/00_hetero.ipynb #c65644ae
+# %% ../../nbs/graph/00_hetero.ipynb #43f03d4c
 class Csr(CsrForms):
     "Edges by their target: row r holds the sources `columns[offsets[r]:offsets[r + 1]]`, ascending."
 
@@ -113,9 +116,6 @@ class Csr(CsrForms):
         counts = torch.zeros(self.n_rows, dtype=torch.int64, device=self.device).index_add_(0, self.rows, keep.long())
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return Csr(offsets, self.columns[keep], self.n_columns, None if self.values is None else self.values[keep])
-
-    def __repr__(self):
-        return f"Csr({self.n_edges:,} edges from {self.n_columns:,} to {self.n_rows:,} nodes)"
 
 # %% ../../nbs/graph/00_hetero.ipynb #146f81c3
 @dataclass

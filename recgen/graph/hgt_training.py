@@ -173,7 +173,7 @@ def link_metrics(task, model) -> dict:
     loss = pair_loss(users[batch.users.to(users.device)], items, batch, task.settings.loss)
     return {"valid/loss": float(loss), **metrics_from_ranks(torch.cat(ranks), (5, 10), "valid/item/filtered")}
 
-# %% ../../nbs/graph/08_hgt_training.ipynb #84b9cd11
+# %% ../../nbs/graph/08_hgt_training.ipynb #5af3c12c
 class LinkTask:
     "What core.training needs to predict links: batches of edges of the relation BOUGHT, their loss, validation by ranking."
 
@@ -196,8 +196,7 @@ class LinkTask:
         self.shared = any(r[0] == r[2] and r[1].startswith("shares_") for r in graph.relations)
         self.part = torch.zeros(edges.n_edges, dtype=torch.int64)
         self.hidden, self.fanouts = (-1, None), settings.fanout if settings.batch == "sampled" else ()
-        if valid is None:
-            self.evaluate = None
+        self.evaluate = self.evaluate if valid is not None else None
 
     def batches(self, generator):
         "Every training edge once. Notes which edges are hidden together."
@@ -233,7 +232,7 @@ class LinkTask:
     def evaluate(self, model) -> dict:
         return link_metrics(self, model)
 
-    def log_line(self, record) -> str:
+    def log_line(self, record):
         return epoch_line(record, self.epochs, ("valid/item/filtered/recall@10", "valid/item/filtered/ndcg@10"))
 
 # %% ../../nbs/graph/08_hgt_training.ipynb #dc4d12d6
