@@ -264,7 +264,7 @@ def epoch_line(record: dict, epochs: int, metrics) -> str:
         line += f"  Val Loss: {record['valid/loss']:.4f}  " + "  ".join(f"{m.rsplit('/', 1)[1]}: {record[m]:.4f}" for m in metrics)
     return line.rstrip()
 
-# %% ../../nbs/graph/08_hgt_training.ipynb #730189ed
+# %% ../../nbs/graph/08_hgt_training.ipynb #58bcade2
 @dataclass(frozen=True)
 class NodeSettings:
     "What the node objective trains on."
@@ -284,7 +284,7 @@ class NodeBatch:
     users: torch.Tensor  # (B,) positions in the graph
     labels: torch.Tensor  # (B,)
 
-
+# %% ../../nbs/graph/08_hgt_training.ipynb #d50fc8e0
 class NodeTask:
     "What core.training needs to predict labels of users."
 
