@@ -7,6 +7,7 @@ from recgen.core import benchmark
 from recgen.core.benchmark import PeakMemory, Side, alternate, child_environment, fitted_exponent, paired_ratio, run_fresh, spread
 from recgen.core.errors import RunError
 from recgen.stages import benchmarks as stage
+from recgen.tokens import benchmarks as tokens
 
 REGISTRY = "recgen.stages.benchmarks:MEASUREMENTS"
 TINY = {**stage.SIZES["small"], "items": 300, "width": 8, "codes": 8, "base": 40, "growth_codes": 8, "growth_width": 8, "gemm": 64, "seed": 0, "data_path": ""}
@@ -65,7 +66,7 @@ def test_the_exponent_of_a_power_law_is_found(power):
 
 def test_a_missing_peer_is_said_and_ours_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark.importlib.metadata, "version", lambda name: (_ for _ in ()).throw(benchmark.importlib.metadata.PackageNotFoundError(name)))
-    there, missing = benchmark.present_sides(stage.prepare_rqkmeans(TINY))
+    there, missing = benchmark.present_sides(tokens.prepare_rqkmeans(TINY))
     assert list(there) == ["recgen"] and missing == {"faiss": "faiss-cpu", "scikit-learn": "scikit-learn"}
     rows = [{**r, "package": "", "items": 300, "limit_seconds": 0.1, "allocator": "glibc"} for r in alternate(there, 2)]
     measured = {"rqkmeans": {"rows": rows, "memory": [], "missing": missing, "rates": {}}}
@@ -114,20 +115,37 @@ def test_times_and_memory_of_one_measurement_in_fresh_processes(monkeypatch):
 
 @pytest.mark.parametrize("size", stage.SIZES)
 def test_every_measurement_has_what_it_needs_at_every_size(size):
-    options = {**stage.SIZES[size], "items": 200, "level_items": 300, "level_width": 4, "seed": 0}
-    names = {"rqkmeans", "level", "rqvae", "rqvae_1024", "rqvae_quality", "growth_rqkmeans", "growth_rqvae", "growth_collisions", "growth_stream"}
-    assert names == {n for n in stage.MEASUREMENTS if "tiger" not in n} and all(isinstance(m.limit, str) and m.title for m in stage.MEASUREMENTS.values())
+    options = {**stage.SIZES[size], "items": 200, "level_items": 300, "level_width": 4, "seed": 0, "width": 8}
+    names = set(tokens.measurements())
+    assert len(names) == 9 and names <= set(stage.MEASUREMENTS) and all(isinstance(m.limit, str) and m.title for m in stage.MEASUREMENTS.values())
     for name in names - {"growth_collisions"}:  # which fits a model first; TIGER's are in test_benchmarks_tiger
-        sides = stage.MEASUREMENTS[name].prepare({**options, "width": 8})
+        sides = stage.MEASUREMENTS[name].prepare(options)
         assert list(sides)[0] == benchmark.OURS and all(s.package in (*stage.PEERS, "") and s.items for s in sides.values())
         assert stage.MEASUREMENTS[name].factors or all(s.flops > 0 and s.precision in ("fp32", "bf16") for s in sides.values())
 
 
-@pytest.mark.skipif(not all(benchmark.installed(p) for p in stage.PEERS), reason="the peers are not installed: pip install 'recgen[bench]'")
+GRAPHS = {**stage.hgt_benchmarks.MEASUREMENTS, **stage.walk_benchmarks.MEASUREMENTS, **stage.sage_benchmarks.MEASUREMENTS}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_measurement_of_a_graph_runs_ours_and_the_peers_that_are_here(name):
+    assert name in stage.MEASUREMENTS
+    sides = stage.MEASUREMENTS[name].prepare({**stage.SIZES["small"], "items": 60, "pair_draws": 4096, "seed": 0, "data_path": ""})
+    assert list(sides)[0] == benchmark.OURS and all(s.package in (*stage.PEERS, "torch", "") and s.items for s in sides.values())
+    there, missing = benchmark.present_sides(sides)
+    assert benchmark.OURS in there and set(there) | set(missing) == set(sides)
+    rows = alternate(there, 1, seed=0)
+    assert {r["side"] for r in rows} == set(there) and all(r["seconds"] > 0 for r in rows)
+    if name.startswith(("hgt", "sage")):  # equal weights, other dropout: about equal losses; without dropout the notebooks compare them to four digits
+        losses = [r["loss"] for r in rows]
+        assert len(losses) > 1 and losses == pytest.approx([losses[0]] * len(losses), rel=0.05)
+
+
+@pytest.mark.skipif(not all(benchmark.installed(p) for p in stage.PEERS[:3]), reason="the peers are not installed: pip install 'recgen[bench]'")
 def test_peers_do_the_same_work():
-    sides = stage.prepare_rqkmeans({**TINY, "items": 2000})
+    sides = tokens.prepare_rqkmeans({**TINY, "items": 2000})
     errors = {name: side.judge(side.run(0))["error"] for name, side in sides.items()}
     assert max(errors.values()) < 1.25 * min(errors.values())
-    trained = stage.prepare_rqvae({**TINY, "epochs": 1, "quality_epochs": 3}, batch_size=64, whole=True)
+    trained = tokens.prepare_rqvae({**TINY, "epochs": 1, "quality_epochs": 3}, batch_size=64, whole=True)
     made = {name: side.judge(side.run(0)) for name, side in trained.items() if "bf16" not in name}
     assert {frozenset(m) for m in made.values()} == {frozenset(made["recgen"])} and all(0 < m["reconstruction"] < 8 * 1.5 for m in made.values())

@@ -90,7 +90,7 @@ def test_a_graph_of_items(runs, tmp_path):
     assert manifest["metrics"]["leaky"] == "" and "test/item/filtered/recall@10" in manifest["metrics"] and "valid/auc/low" in manifest["metrics"]
     assert Provenance.read(run) == Provenance({"02_graphsage": shop().train_hash})
     models = set(pq.read_table(run / "results.parquet")["model"].to_pylist())
-    assert models == {NAME, "features alone", "popularity", "item-kNN", "EASE", "LightGCN"}
+    assert models == {NAME, "features alone", "popularity", "item-kNN", "EASE", "LightGCN", "LightGCN's items"}
     before = (run / "item_emb.parquet").read_bytes()
     again = run_stage("02_graphsage", data_path=str(place), item_item=1, **QUICK)
     assert again["run"].finished and again["run"].folder == run and (run / "item_emb.parquet").read_bytes() == before

@@ -118,7 +118,7 @@ def prepare_step(options: dict) -> dict:
             "recgen, means anew": Side(partial(train_ours, data=data, keep=False), judge, **common),
             "torch-geometric": Side(lambda seed: train_peer(seed, data, edge_index()), judge, package="torch-geometric", **common)}
 
-# %% ../../nbs/graph/15_sage_benchmarks.ipynb #7b6d78a0
+# %% ../../nbs/graph/15_sage_benchmarks.ipynb #7b56ee02
 def prepare_growing(options: dict) -> dict:
     "Full-graph steps of ours on a graph of options['items'] nodes with 20 edges each."
     nodes = options["items"]
@@ -126,8 +126,11 @@ def prepare_growing(options: dict) -> dict:
     return {OURS: Side(partial(train_ours, data=data, keep=False), lambda made: {"seconds": made[0]}, items=nodes)}
 
 
-SAGE_SIZES = {"sage_nodes": 100_000, "sage_edges": 2_000_000, "sage_width": 128, "sage_steps": 3, "sage_pairs": 512, "sage_base": 4000}
+SAGE_SIZES = {
+    "small": {"sage_nodes": 2000, "sage_edges": 40_000, "sage_width": 32, "sage_steps": 2, "sage_pairs": 128, "sage_base": 100},
+    "full": {"sage_nodes": 100_000, "sage_edges": 2_000_000, "sage_width": 128, "sage_steps": 3, "sage_pairs": 512, "sage_base": 4000},
+}
 MEASUREMENTS = {
-    "sage_step": Measurement("GraphSAGE: full-graph training step, 100 k nodes, 2 M edges", "traffic along the edges", prepare_step),
-    "sage_growth": Measurement("GraphSAGE: a full-graph step as the graph grows", "edges", prepare_growing, factors=(1, 4, 16, 64), base="sage_base"),
+    "sage_step": Measurement("GraphSAGE training steps over the whole graph", "matrix products of the nodes; traffic along the edges on top", prepare_step, at_most={"tuned": 3}),
+    "growth_sage": Measurement("GraphSAGE steps over a larger graph", "nodes and edges: exponent 1", prepare_growing, (1, 4, 16, 64), "sage_base"),
 }

@@ -124,12 +124,12 @@ class TrainingLogger:
             best = {"best_metric": trainer.settings.best_metric, "best_epoch": trainer.best.epoch, "best_value": trainer.best.value} if trainer else {}
             write_json(self.folder / "logs" / "training_summary.json", {"epochs": len(records), **best, "stopped_early": bool(trainer and trainer.position.stopped), "finished": done, "last": records[-1]})
 
-# %% ../../nbs/graph/10_sage_training.ipynb #18667bda
+# %% ../../nbs/graph/10_sage_training.ipynb #11cabdca
 class Callbacks:
     "What happens behind every epoch: several of the above, a live picture, and the best weights where no folder keeps them."
 
-    def __init__(self, parts):
-        self.parts, self.trainer, self.kept = [p for p in parts if p is not None], None, None
+    def __init__(self, parts, live=None, every: int = 1):
+        self.parts, self.live, self.every, self.trainer, self.kept = parts, live, every, None, None
 
     def update(self, records: list):
         "Called by the loop when the epoch's checkpoints are written."
@@ -137,9 +137,11 @@ class Callbacks:
         if trainer.folder is None and trainer.best.epoch == trainer.position.epoch:
             self.kept = {k: v.detach().clone() for k, v in trainer.module.state_dict().items()}
         for part in self.parts:
-            part.update(records, trainer) if isinstance(part, (ModelCheckpoint, TrainingLogger)) else part.update(records)
+            part.update(records, trainer)
+        if self.live and (len(records) % self.every == 0 or trainer.position.stopped or len(records) == trainer.settings.epochs):
+            self.live.update(records)  # a picture takes longer to draw than a small epoch to train
 
-# %% ../../nbs/graph/10_sage_training.ipynb #4db463e0
+# %% ../../nbs/graph/10_sage_training.ipynb #4493f7b5
 class GraphSAGETrainer:
     "Trains a model on pairs: `.train(num_epochs)` returns the best loss and leaves the best model in place; `.get_embeddings()`."
 
@@ -156,7 +158,7 @@ class GraphSAGETrainer:
         folder=None,  # checkpoints/, logs/, metrics.jsonl; None keeps nothing
         fingerprint: dict = None,  # what a checkpoint must share to be resumed
         log=None,  # logger, or None: quiet
-        live=None,  # LivePlot
+        live=None,  # LivePlot, redrawn every log_every epochs
         callbacks=(),  # EarlyStopping, ModelCheckpoint, TrainingLogger: their settings win over config's
     ):
         self.settings, self.model, self.features = SageSettings.read(config), model, features
@@ -179,7 +181,7 @@ class GraphSAGETrainer:
             own.append(TrainingLogger(self.folder, self.settings.log_every, self.log))
         if self.folder and not any(isinstance(c, ModelCheckpoint) for c in own):
             own.append(ModelCheckpoint(self.folder))
-        after = Callbacks([*own, self.live])
+        after = Callbacks(own, self.live, self.settings.log_every)
         self.trainer = after.trainer = Trainer(self.task, settings, self.folder, self.fingerprint, None, after)
         self.trainer.run()
         if self.folder:

@@ -9,7 +9,7 @@ __all__ = ['HEARD', 'CSV_COLUMNS', 'RULES', 'ALIASES', 'Inputs', 'read_inputs', 
            'evaluate_links', 'save_links', 'evaluate_nodes', 'features_alone', 'node_metrics', 'append_results',
            'graph_facts', 'save_embeddings', 'link_checkpoints', 'picture_groups', 'draw_plane']
 
-# %% ../../nbs/01_hgt.ipynb #cca5c7bb
+# %% ../../nbs/01_hgt.ipynb #d5739ec4
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..core.training import SCHEDULERS, TrainSettings
 from ..evaluation.baselines import ItemKNN, Popularity
 from ..evaluation.ceiling import aligned_rows, ceiling_metrics, ceiling_share
 from ..evaluation.classification import BINARY, binary_metrics
-from ..evaluation.ease import EASE
+from ..evaluation.ease import best_l2
 from ..evaluation.evaluator import evaluate_scores, result_table
 from ..evaluation.protocol import cases_from_dataset, check_no_leakage, check_provenance
 from ..formats.dataset import LEAVE_ONE_OUT, Dataset
@@ -38,7 +38,7 @@ from ..graph.hetero import BOUGHT, Csr, GraphSettings, HeteroGraph, graph_from_d
 from ..graph.hgt_training import LinkSettings, NodeSettings, embed, train_hgt, user_logits
 from ..graph.imbalance import SETTINGS, balance, read_labels
 from ..graph.lightgcn import LightGCNConfig, train_lightgcn
-from ..graph.link_prediction import MeanHistoryScores, VectorScores, fit_logistic
+from ..graph.link_prediction import VectorScores, best_half_life, fit_logistic
 from ..sources.world import make_world
 
 # %% ../../nbs/01_hgt.ipynb #ce927095
@@ -230,7 +230,7 @@ def heard_scores(graph: HeteroGraph, dataset: Dataset, best: SeedResult, p):
     vectors = embed(best.trainer.module, later, fanouts=best.trainer.task.fanouts, method=p.sampling)
     return VectorScores(vectors["user"], vectors["item"]).scores
 
-# %% ../../nbs/01_hgt.ipynb #f936c4ba
+# %% ../../nbs/01_hgt.ipynb #589629a8
 def evaluate_links(graph: HeteroGraph, dataset: Dataset, seeds: list, best: SeedResult, cases, p, lightgcn=None, oracle=None) -> tuple:
     "EvaluationResults by model name (the best seed's under HGT), and each seed's test metrics."
     results, each = {}, []
@@ -241,13 +241,17 @@ def evaluate_links(graph: HeteroGraph, dataset: Dataset, seeds: list, best: Seed
         each.append({"seed": s.seed, **result.metrics})
         if s is best:
             results["HGT"] = result
-    train = dataset.train_interactions()
-    if "item" in graph.features:
-        x = torch.nn.functional.normalize(graph.features["item"])
-        results["item features alone"] = evaluate_scores(MeanHistoryScores(x).scores, cases, "item features alone")
-    counters = {"popularity": Popularity(), "item-kNN": ItemKNN()} | ({"EASE": EASE(p.ease_l2)} if p.ease_l2 else {})
+    train, valid = dataset.train_interactions(), cases_from_dataset(dataset, "valid").sample(2000)  # on whom half-lives are chosen
+    vectors = embed(best.trainer.module, graph, fanouts=best.trainer.task.fanouts, method=p.sampling)["item"]
+    by_history = {"HGT's items": vectors} | ({"item features alone": torch.nn.functional.normalize(graph.features["item"])} if "item" in graph.features else {})
+    by_history |= {"LightGCN's items": lightgcn.vectors()[1]} if lightgcn is not None else {}
+    for name, x in by_history.items():
+        results[name] = evaluate_scores(best_half_life(x.detach().cpu(), valid).scores, cases, name)
+    results["HGT's items"].leaky = graph.leaky
+    counters = {name: model.fit(train, dataset.n_items) for name, model in (("popularity", Popularity()), ("item-kNN", ItemKNN()))}
+    if p.ease_l2:
+        counters["EASE"], _ = best_l2(train, dataset.n_items, valid, (p.ease_l2,), (0.0, 2.0))
     for name, model in counters.items():
-        model.fit(train, dataset.n_items)
         check_provenance(model.train_hash, dataset.train_hash, name)
         results[name] = evaluate_scores(model.scores, cases, name)
     results[HEARD] = evaluate_scores(heard_scores(graph, dataset, best, p), cases, HEARD)
