@@ -6,13 +6,13 @@
 __all__ = ['FACTORS', 'SIZES', 'MEASUREMENTS', 'RULES', 'PEERS', 'side_table', 'ratio_table', 'growth_table', 'number_log_axis',
            'plot_ratios', 'plot_time_error', 'plot_growth', 'save_tables']
 
-# %% ../../nbs/07_benchmarks.ipynb #6ba300b4
+# %% ../../nbs/07_benchmarks.ipynb #533553b1
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core.benchmark import ALLOCATORS, OURS, fitted_exponent, paired_ratio, spread
+from ..core.benchmark import ALLOCATORS, fitted_exponent, paired_ratio, spread
 from ..core.params import Rule, at_least, one_of
 from ..graph import hgt_benchmarks, sage_benchmarks, walk_benchmarks
 from ..retrieval import benchmarks as tiger_benchmarks
