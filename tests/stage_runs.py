@@ -18,6 +18,15 @@ TINY = {
     "03_tokenizer": {"mode": "kmeans", "n_layers": 3, "n_clusters": 16},
     "04_tiger": {"epochs": 3, "batch_size": 64, "valid_users": 100, "eval_every": 1, "embedding_dim": 32, "attn_dim": 32, "num_heads": 2, "ff_dim": 64},
 }
+GRAPH_TINY = {  # beside TINY, which is a pipeline that a test runs whole
+    "01_hgt": {"objective": "link", "epochs": 5, "hidden": 32, "n_heads": 2, "learned": 8, "negatives": 64, "hide": 0.5, "valid_users": 100, "lightgcn_epochs": 2, "device": "cpu"},
+    "02_graphsage": {"item_item": 1, "epochs": 8, "batch_size": 128, "pairs_per_epoch": 2048, "walk_length": 8, "walks_per_node": 4, "window": 2, "hidden_dim": 16,
+                     "output_dim": 16, "lightgcn_epochs": 2, "device": "cpu"},
+}
+BEFORE = {  # {stage: {its parameter: the stage whose folder it is}}
+    "00_data": {}, "01_hgt": {"data_path": "00_data"}, "02_graphsage": {"data_path": "00_data"}, "03_tokenizer": {"data_path": "00_data"},
+    "04_tiger": {"data_path": "00_data", "semantic_ids": "03_tokenizer"},
+}
 
 
 def environment(folder: Path) -> dict:
@@ -86,9 +95,13 @@ _kept = []  # temporary folders that live as long as the process
 @functools.cache
 def tiny(stage: str) -> Path:
     "The folder of a tiny finished stage; those before it are run first."
-    before = {"00_data": {}, "03_tokenizer": {"data_path": "00_data"}, "04_tiger": {"data_path": "00_data", "semantic_ids": "03_tokenizer"}}
-    joined = {name: f"../{tiny(other).relative_to(workplace())}" for name, other in before[stage].items()}
-    return run(stage, workplace() / stage, **TINY[stage], **joined, output_dir="out")
+    folders = {name: f"../{tiny(other).relative_to(workplace())}" for name, other in BEFORE[stage].items()}
+    return run(stage, workplace() / stage, **(TINY | GRAPH_TINY)[stage], **folders, output_dir="out")
+
+
+def joined(stage: str) -> dict:
+    "The tiny parameters with the folders before it."
+    return (TINY | GRAPH_TINY)[stage] | {name: tiny(other) for name, other in BEFORE[stage].items()}
 
 
 def run_stage(stage: str, whole: bool = False, **params) -> dict:

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from stage_runs import TINY, finish, manifest_of, start, tiny, wait_for
+from stage_runs import finish, joined, manifest_of, start, tiny, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -34,12 +34,6 @@ def kill_when(moment: str, stage: str, place: Path, **params) -> Path:
 def rerun(stage: str, place: Path, **params) -> str:
     "Run the stage again in the same place, to its end."
     return finish(start(stage, place, **params, output_dir="out"))
-
-
-def joined(stage: str) -> dict:
-    "The tiny parameters with the folders before it."
-    before = {"00_data": {}, "03_tokenizer": {"data_path": "00_data"}, "04_tiger": {"data_path": "00_data", "semantic_ids": "03_tokenizer"}}
-    return TINY[stage] | {name: tiny(other) for name, other in before[stage].items()}
 
 
 def nothing_left_over(folder: Path):

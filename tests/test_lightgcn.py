@@ -140,7 +140,7 @@ def test_training_is_seeded_and_resumes(tmp_path):
 
     class StopAfterTwo:
         def info(self, line):
-            if line.startswith("Epoch 2"):
+            if line.startswith("LightGCN epoch 2"):
                 raise Stop
 
     with pytest.raises(Stop):

@@ -8,8 +8,9 @@ import torch
 from recgen.core.errors import InputError
 from recgen.core.files import write_torch
 from recgen.core.models import load_model, model_state
+from recgen.evaluation.evaluator import validation_line
 from recgen.retrieval.sasrec import SasRec, SasRecConfig, SasRecTask
-from recgen.retrieval.training import TigerTask, validation_line
+from recgen.retrieval.training import TigerTask
 from recgen.retrieval.transformer import Tiger, TigerConfig
 from recgen.stages.tiger import finding
 

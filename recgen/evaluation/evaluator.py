@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EvaluationResult', 'per_user_table', 'repeat_share', 'evaluate_scores', 'tuple_metrics', 'evaluate_lists',
-           'evaluate_tuples', 'figures', 'check_comparable', 'ResultTable', 'figure_cell', 'result_table']
+           'evaluate_tuples', 'figures', 'check_comparable', 'ResultTable', 'figure_cell', 'result_table',
+           'validation_line']
 
 # %% ../../nbs/evaluation/05_evaluator.ipynb #3abd9fd4
 from dataclasses import dataclass, field
@@ -225,3 +226,12 @@ def result_table(
     table = pd.DataFrame([figures(r, ks, resamples, seed) for r in results.values()], index=pd.Index(list(results), name="model"))
     order = np.lexsort([-table[f"filtered/ndcg@{max(ks)}"], table.leaky != ""])  # the last key sorts first
     return ResultTable(table.iloc[order])
+
+# %% ../../nbs/evaluation/05_evaluator.ipynb #4541b1ee
+def validation_line(
+    record: dict,  # of metrics.jsonl
+    name: str = "",  # of the model, where the log is of several
+) -> str:
+    "`Epoch 3: Loss=1.2345, recall@10=0.0567, ndcg@10=0.0456`; with a name `SASRec epoch 3: …`."
+    found = {k.rsplit("/", 1)[1]: v for k, v in record.items() if k.startswith("valid/") and "@10" in k}
+    return (f"{name} epoch" if name else "Epoch") + f" {record['epoch']}: " + ", ".join(f"{k}={v:.4f}" for k, v in {"Loss": record["loss"], **found}.items())

@@ -143,8 +143,8 @@ class GeometricForms:
         relations = {r: Csr.from_edges(e[1], e[0], n[r[2]], n[r[0]]) for r, e in ends.items()}
         return cls(n, relations, {t: data[t].x.float() for t in data.node_types if "x" in data[t]})
 
-# %% ../../nbs/graph/00_hetero.ipynb #27dca5ea
-@dataclass
+# %% ../../nbs/graph/00_hetero.ipynb #a23fca9d
+@dataclass(repr=False)
 class HeteroGraph(GeometricForms):
     "Nodes by type and edges by relation. Node i of users and items is id i + 1."
 
@@ -179,12 +179,18 @@ class HeteroGraph(GeometricForms):
         rows, columns = torch.cat(ends, 1) if ends else torch.zeros(2, 0, dtype=torch.int64)
         return Csr.from_edges(rows, columns, n, n), first
 
+    def __repr__(self):
+        edges = sum(e.n_edges for e in self.relations.values())
+        return f"HeteroGraph({self._nodes()}; {edges:,} edges of {len(self.relations)} relations)"
+
+    def _nodes(self) -> str:
+        return ", ".join(f"{n:,} {t}" + (f" ({self.features[t].shape[1]} features)" if t in self.features else "") for t, n in self.n_nodes.items())
+
     def _repr_markdown_(self):
         lines = ["| from | relation | to | edges | a target, mean | targets without |", "|---|---|---|---:|---:|---:|"]
         for (source, name, target), edges in self.relations.items():
             lines.append(f"| {source} | {name} | {target} | {edges.n_edges:,} | {edges.n_edges / max(1, edges.n_rows):.1f} | {int((edges.degrees == 0).sum()):,} |")
-        nodes = ", ".join(f"{n:,} {t}" + (f" ({self.features[t].shape[1]} features)" if t in self.features else "") for t, n in self.n_nodes.items())
-        return "\n".join([f"nodes: {nodes}" + (f"; **knows held-out rows by {self.leaky}**" if self.leaky else ""), "", *lines])
+        return "\n".join([f"nodes: {self._nodes()}" + (f"; **knows held-out rows by {self.leaky}**" if self.leaky else ""), "", *lines])
 
 # %% ../../nbs/graph/00_hetero.ipynb #b22c1679
 def shared_neighbours(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['normalised_graph', 'bpr_loss', 'softmax_loss', 'LightGCNConfig', 'LightGCN', 'LightGCNTask', 'train_lightgcn']
 
-# %% ../../nbs/graph/11_lightgcn.ipynb #1edd9e71
+# %% ../../nbs/graph/11_lightgcn.ipynb #057ba96f
 import math
 from dataclasses import asdict, dataclass
 
@@ -18,6 +18,7 @@ from ..core.errors import InputError, ParameterError
 from ..core.processes import gather_objects, own_share
 from ..core.ragged import Ragged, windows
 from ..core.training import TrainSettings, fit
+from ..evaluation.evaluator import validation_line
 from ..evaluation.ranking import metrics_from_ranks, rank_from_scores
 from .hetero import Csr
 from .kernels import propagate
@@ -132,7 +133,7 @@ class LightGCN(nn.Module):
         "Of user vectors: what the history holds beyond the training rows is not seen. Column 0 is −inf."
         return self.ranker().scores(history, users)
 
-# %% ../../nbs/graph/11_lightgcn.ipynb #217722e5
+# %% ../../nbs/graph/11_lightgcn.ipynb #5d72130a
 class LightGCNTask:
     "What core.training needs: the model, an epoch's edges, the loss, and validation on fixed cases."
 
@@ -161,8 +162,7 @@ class LightGCNTask:
         return metrics_from_ranks(torch.cat(sum(gather_objects(ranks), [])), (5, 10), "valid/item/filtered")
 
     def log_line(self, record) -> str:
-        return f"Epoch {record['epoch']}: Loss={record['loss']:.4f}" + "".join(
-            f", {k.rsplit('/', 1)[1]}={v:.4f}" for k, v in record.items() if k.startswith("valid/") and "@10" in k)
+        return validation_line(record, "LightGCN")
 
 
 def train_lightgcn(

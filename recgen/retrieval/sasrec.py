@@ -6,7 +6,7 @@
 __all__ = ['TrainingWindows', 'SasRecConfig', 'attention_blocks', 'SasRecLayer', 'SasRecEncoder', 'initialise',
            'CatalogueCrossEntropy', 'check_items', 'SasRec', 'SasRecTask', 'train_sasrec']
 
-# %% ../../nbs/retrieval/04_sasrec.ipynb #bd6f1c06
+# %% ../../nbs/retrieval/04_sasrec.ipynb #76ddbd32
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,8 +19,8 @@ from ..core.models import load_model, model_state
 from ..core.processes import gather_objects, own_share
 from ..core.ragged import Ragged, bucketed_batches, windows
 from ..core.training import TrainSettings, fit
+from ..evaluation.evaluator import validation_line
 from ..evaluation.ranking import metrics_from_ranks, rank_from_scores, top_lists
-from .training import validation_line
 
 # %% ../../nbs/retrieval/04_sasrec.ipynb #b314a899
 @dataclass

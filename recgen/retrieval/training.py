@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXACT_LIMIT', 'choose_path', 'length_blocks', 'rank_cases', 'rank_exactly', 'rank_by_beam', 'without', 'case_losses',
-           'validation_line', 'TigerTask', 'train_tiger']
+           'TigerTask', 'train_tiger']
 
-# %% ../../nbs/retrieval/03_training.ipynb #4eec9832
+# %% ../../nbs/retrieval/03_training.ipynb #df6f36a3
 import time
 from dataclasses import asdict
 
@@ -17,6 +17,7 @@ from ..core.errors import InputError
 from ..core.processes import gather_objects, own_share
 from ..core.ragged import Ragged, bucketed_batches
 from ..core.training import TrainSettings, fit
+from ..evaluation.evaluator import validation_line
 from ..evaluation.ranking import metrics_from_ranks, rank_from_lists, rank_from_scores, top_lists
 from .beam import Seen, beam_searches, exact_scores
 from .sequences import PrefixSamples, history_tokens, prompt_tokens, subsampled, user_tokens
@@ -107,15 +108,6 @@ def case_losses(
         logits = model(prompt_tokens(model.config, table, part.history.to(table.device), part.users), wanted)
         losses[rows] = sum(torch.nn.functional.cross_entropy(x.float(), wanted[:, i], reduction="none") for i, x in enumerate(logits)).cpu().double() / len(logits)
     return losses
-
-# %% ../../nbs/retrieval/03_training.ipynb #66f2a761
-def validation_line(
-    record: dict,  # of metrics.jsonl
-    name: str = "",  # of the model, where the log is of several
-) -> str:
-    "`Epoch 3: Loss=1.2345, recall@10=0.0567, ndcg@10=0.0456`; with a name `SASRec epoch 3: …`."
-    found = {k.rsplit("/", 1)[1]: v for k, v in record.items() if k.startswith("valid/") and "@10" in k}
-    return (f"{name} epoch" if name else "Epoch") + f" {record['epoch']}: " + ", ".join(f"{k}={v:.4f}" for k, v in {"Loss": record["loss"], **found}.items())
 
 # %% ../../nbs/retrieval/03_training.ipynb #81ac5d3f
 class TigerTask:

@@ -89,6 +89,9 @@ def dataset_of(run: Lineage) -> dict:
     "Which data a run is about: its name and, where its dataset folder is still there, the training rows' hash, items and split."
     place = input_place(run.folder, run.manifest, "data_path") if "data_path" in run.manifest["inputs"] else None
     facts = read_json(place / "dataset.json") if place and (place / "dataset.json").exists() else {}
+    if place and "train_hash" not in facts and (place / "interactions.parquet").exists():  # written by hand
+        dataset = Dataset.load(place)
+        facts = {**dataset.info, "train_hash": dataset.train_hash, "n_items": dataset.n_items}
     if "train_hash" in facts:
         return {"dataset": run.manifest["dataset"], "train_hash": facts["train_hash"], "items": facts.get("n_items"), "split": facts.get("split", LEAVE_ONE_OUT)}
     return {"dataset": run.manifest["dataset"]}

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['HEARD', 'CSV_COLUMNS', 'RULES', 'ALIASES', 'Inputs', 'read_inputs', 'standardised', 'item_inputs', 'user_inputs',
-           'words', 'numbers', 'build_graph', 'vector_places', 'input_paths', 'deciding', 'choose_objective',
-           'user_labels', 'SeedResult', 'train_seeds', 'mean_and_spread', 'train_peer', 'heard_scores',
-           'evaluate_links', 'save_links', 'evaluate_nodes', 'features_alone', 'node_metrics', 'append_results',
-           'graph_facts', 'save_embeddings', 'link_checkpoints', 'picture_groups', 'draw_plane']
+           'words', 'numbers', 'build_graph', 'vector_places', 'vectors_provenance', 'input_paths', 'deciding',
+           'choose_objective', 'user_labels', 'check_settings', 'SeedResult', 'train_seeds', 'mean_and_spread',
+           'train_peer', 'heard_scores', 'evaluate_links', 'save_links', 'evaluate_nodes', 'features_alone',
+           'node_metrics', 'read_results', 'append_results', 'graph_facts', 'save_embeddings', 'link_checkpoints',
+           'picture_groups', 'several']
 
-# %% ../../nbs/01_hgt.ipynb #d5739ec4
+# %% ../../nbs/01_hgt.ipynb #3073cd48
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..core.device import generator
 from ..core.errors import InputError, ParameterError
 from ..core.files import atomic_write, read_tensors, resolve, write_parquet, write_torch
 from ..core.params import Rule, at_least, between, one_of
+from ..core.plots import frequent_groups
 from ..core.run import verify_file
 from ..core.training import SCHEDULERS, TrainSettings
 from ..evaluation.baselines import ItemKNN, Popularity
@@ -35,6 +37,7 @@ from ..formats.dataset import LEAVE_ONE_OUT, Dataset
 from ..formats.embeddings import load_embeddings, vector_matrix
 from ..formats.provenance import Provenance
 from ..graph.hetero import BOUGHT, Csr, GraphSettings, HeteroGraph, graph_from_dataset, interaction_relations
+from ..graph.hgt import HGTConfig
 from ..graph.hgt_training import LinkSettings, NodeSettings, embed, train_hgt, user_logits
 from ..graph.imbalance import SETTINGS, balance, read_labels
 from ..graph.lightgcn import LightGCNConfig, train_lightgcn
@@ -100,7 +103,11 @@ def user_inputs(dataset: Dataset, source: str, drop):  # (U, d) or None
         raise InputError("users have no features", file=file, column="user_id", rows=[f"user {u}" for u in missing], found=f"{len(missing)} users without a row",
                          expected=f"users 1 … {dataset.n_users}", mend="add rows for them, or -p user_features learned")
     users = users[users["user_id"] <= dataset.n_users]
-    x = torch.from_numpy(vector_matrix(pa.array(list(users["features"])), "features", file, users["user_id"].to_numpy()).copy())
+    try:
+        x = torch.from_numpy(vector_matrix(pa.array(list(users["features"])), "features", file, users["user_id"].to_numpy()).copy())
+    except InputError as e:  # written for items: say whose vectors these are
+        rows = {"rows": [e.parts["rows"].replace("item", "user")]} if "rows" in e.parts else {}
+        raise InputError(e.problem, **{**e.parts, **rows, "mend": "correct them, or -p user_features learned"}) from None
     wrong = [c for c in drop if not 0 <= c < x.shape[1]]
     if wrong or len(set(drop)) == x.shape[1]:
         raise InputError("these columns of features cannot be dropped", file=file, column="drop_features", found=str(wrong or sorted(set(drop))), expected=f"some of 0 … {x.shape[1] - 1}, not all")
@@ -130,7 +137,7 @@ def build_graph(inputs: Inputs, p) -> HeteroGraph:
     check_no_leakage(dataset.train_interactions(), dataset.valid_rows_held_out(), dataset.test_rows_held_out())
     graph = graph_from_dataset(dataset, settings, {t: x for t, x in features.items() if x is not None}, inputs.relations)
     check_provenance(graph.train_hash, dataset.train_hash, "the graph")
-    read = Provenance.join(Provenance.read(place) for place in vector_places(p.embedding_column))
+    read = vectors_provenance(p.embedding_column)
     for name, train_hash in read.train_hashes.items():
         check_provenance(train_hash, dataset.train_hash, f"the item vectors of {name}")
     return replace(graph, leaky=", ".join(dict.fromkeys([*filter(None, graph.leaky.split(", ")), *read.leaky])))
@@ -138,7 +145,12 @@ def build_graph(inputs: Inputs, p) -> HeteroGraph:
 
 def vector_places(column: str) -> list:
     "The folders that an embedding_column names."
-    return [resolve(c.rpartition(":")[0]) for c in column.split("+") if ":" in c]
+    return [resolve(c.strip().rpartition(":")[0]) for c in column.split("+") if ":" in c]
+
+
+def vectors_provenance(column: str) -> Provenance:
+    "What the vectors that go in were made from."
+    return Provenance.join(Provenance.read(place) for place in vector_places(column))
 
 
 def input_paths(p) -> dict:
@@ -149,7 +161,7 @@ def input_paths(p) -> dict:
 
 def deciding(p, objective: str) -> dict:
     "The parameters that decide a run: a folder of vectors is known by its hash, not its place, and where results are copied to changes nothing."
-    column, places = p.embedding_column, [c.rpartition(":")[0] for c in p.embedding_column.split("+") if ":" in c]
+    column, places = p.embedding_column, [c.strip().rpartition(":")[0] for c in p.embedding_column.split("+") if ":" in c]
     for i, place in enumerate(places):
         column = column.replace(f"{place}:", f"{i}:", 1)
     return {**{k: v for k, v in p.as_dict().items() if k not in ("results_file", "verbose")}, "embedding_column": column, "objective": objective}
@@ -164,6 +176,20 @@ def choose_objective(p, dataset: Dataset) -> str:
 def user_labels(dataset: Dataset):
     "The users' labels; InputError says what is missing."
     return read_labels(dataset.users, dataset.n_users, (dataset.folder or Path()) / "users.parquet")
+
+
+def check_settings(graph: HeteroGraph, labels, p, objective: str):
+    "InputError, before anything is written, for what a training or its last step would stumble over: no such model, fan-outs for another depth, minority users that SMOTE cannot use, a results file of something else."
+    HGTConfig(p.hidden, p.n_layers, p.n_heads, p.dropout, p.attention).check()
+    hops = numbers(p.fanout, "fanout")
+    if p.batch == "sampled" and p.sampling == "fanout" and (len(hops) != p.n_layers or 0 in hops):
+        raise InputError("a fan-out for each layer is needed", column="fanout", found=repr(p.fanout), expected=f"{p.n_layers} numbers from 1, or -1 for all neighbours", mend="give as many numbers as n_layers")
+    if p.batch == "sampled" and p.sampling == "hgsampling" and min(hops) < 1:
+        raise InputError("HGSampling takes a number of nodes", column="fanout", found=repr(p.fanout), expected="numbers from 1", mend="-p sampling fanout, where -1 is all neighbours")
+    if objective == "node":
+        balance(graph, labels, p.setting, p.ratio, generator(numbers(p.seed, "seed")[0], 7), p.smote_neighbours)
+        if p.results_file:
+            read_results(resolve(p.results_file))
 
 # %% ../../nbs/01_hgt.ipynb #91367023
 @dataclass
@@ -247,7 +273,7 @@ def evaluate_links(graph: HeteroGraph, dataset: Dataset, seeds: list, best: Seed
     by_history |= {"LightGCN's items": lightgcn.vectors()[1]} if lightgcn is not None else {}
     for name, x in by_history.items():
         results[name] = evaluate_scores(best_half_life(x.detach().cpu(), valid).scores, cases, name)
-    results["HGT's items"].leaky = graph.leaky
+        results[name].leaky = {"HGT's items": graph.leaky, "item features alone": ", ".join(vectors_provenance(p.embedding_column).leaky)}.get(name, "")
     counters = {name: model.fit(train, dataset.n_items) for name, model in (("popularity", Popularity()), ("item-kNN", ItemKNN()))}
     if p.ease_l2:
         counters["EASE"], _ = best_l2(train, dataset.n_items, valid, (p.ease_l2,), (0.0, 2.0))
@@ -314,14 +340,26 @@ def node_metrics(rows: list, best_seed: int) -> dict:
             | {f"baseline/features alone/test/{k}": row[k] for row in alone for k in BINARY})
 
 
-def append_results(path: Path, rows: list):
-    "Add rows to a CSV of CSV_COLUMNS, atomically. InputError where the file has other columns."
-    head, text = ",".join(CSV_COLUMNS) + "\n", path.read_text() if path.exists() else ""
+def read_results(path: Path) -> str:
+    "The text of a CSV of CSV_COLUMNS; its first line alone where there is none yet. InputError where it is something else."
+    head = ",".join(CSV_COLUMNS) + "\n"
+    if not path.exists():
+        return head
+    if not path.is_file():
+        raise InputError("the results file is not a file", file=path, column="results_file", found="a folder", expected="a CSV, or nothing yet", mend="give another results_file")
+    text = path.read_bytes().decode(errors="replace")
     if text and not text.startswith(head):
-        raise InputError("the results file has other columns", file=path, found=text.split("\n", 1)[0][:100], expected=head.strip(), mend="give another results_file")
+        raise InputError("the results file has other columns", file=path, column="results_file", found=text.split("\n", 1)[0][:100], expected=head.strip(), mend="give another results_file")
+    return text or head
+
+
+def append_results(path: Path, rows: list):
+    "Add the rows that a CSV of CSV_COLUMNS does not have, atomically: a run that was stopped here adds them once. InputError where the file is something else."
+    text = read_results(path)
+    lines = [",".join(f"{row[c]:.6g}" if isinstance(row[c], float) else str(row[c]) for c in CSV_COLUMNS) for row in rows]
     with atomic_write(path, "w") as f:
-        f.write(text or head)
-        f.writelines(",".join(f"{row[c]:.6g}" if isinstance(row[c], float) else str(row[c]) for c in CSV_COLUMNS) + "\n" for row in rows)
+        f.write(text if text.endswith("\n") else text + "\n")
+        f.writelines(line + "\n" for line in lines if line not in text.splitlines())
 
 # %% ../../nbs/01_hgt.ipynb #a035fd6f
 def graph_facts(graph: HeteroGraph, objective: str) -> dict:
@@ -358,7 +396,7 @@ def link_checkpoints(folder: Path, seeds: list, best: SeedResult, name: str):
         for file in [*sorted((best.folder / "checkpoints").glob("*.pt")), best.folder / "metrics.jsonl"]:
             link(file, folder / file.relative_to(best.folder))
 
-# %% ../../nbs/01_hgt.ipynb #f96d2914
+# %% ../../nbs/01_hgt.ipynb #8481ea72
 def picture_groups(dataset: Dataset, objective: str, most: int = 5):  # array of names, a node each; "" = not shown
     "Who is coloured how: users by label, or items by their first category (else brand)."
     if objective == "node":
@@ -367,28 +405,18 @@ def picture_groups(dataset: Dataset, objective: str, most: int = 5):  # array of
     column = next((c for c in ("categories", "brand") if c in dataset.items), None)
     if column is None:
         return np.full(dataset.n_items, "item")
-    paths = dataset.items[column].map(lambda v: list(v) if isinstance(v, (list, tuple, np.ndarray)) else [v])
-    levels = pd.DataFrame(paths.tolist()).fillna("").astype(str)
-    name = next((levels[d] for d in levels if levels[d].value_counts(normalize=True).iloc[0] < 0.9), levels[0])  # a root that all share colours nothing
-    return name.where(name.isin([n for n in name.value_counts().index if n][:most]), "").to_numpy(str)
-
-
-def draw_plane(axis, vectors, groups, most: int = 1500, colours=("#1b4f72", "#d35400", "#5d9c59", "#a569bd", "#7f8c8d"), marks="o^sDv"):
-    "Vectors on their first two principal components, at most `most` of them. Returns the share of variance shown."
-    x = vectors.cpu() - vectors.cpu().mean(0)
-    turn, spread, _ = torch.linalg.svd(x.T @ x)
-    flat = (x @ turn[:, :2]).numpy()
-    shown = np.flatnonzero(groups != "")
-    shown = shown[np.linspace(0, len(shown) - 1, min(most, len(shown))).astype(int)]
-    for i, name in enumerate(sorted(set(groups[shown]))):
-        own = shown[groups[shown] == name]
-        axis.scatter(flat[own, 0], flat[own, 1], s=6, alpha=0.6, color=colours[i % 5], marker=marks[i % 5], linewidths=0, label=name)
-    share = (spread[:2] / spread.sum()).tolist()
-    axis.set(xlabel=f"first component ({share[0]:.0%} of variance)", ylabel=f"second component ({share[1]:.0%})")
-    axis.legend(frameon=False, fontsize=7)
-    return sum(share)
+    return frequent_groups(dataset.items[column], most)
 
 # %% ../../nbs/01_hgt.ipynb #ec3a10e8
+def several(low: int, at_most: float = float("inf"), distinct: bool = False) -> Rule:
+    "One or several whole numbers in a text, with spaces or commas between."
+    def accepts(value):
+        found = words(value.strip("[]()"))
+        return bool(found) and all(w.removeprefix("-").isdecimal() and low <= int(w) <= at_most for w in found) and (not distinct or len(set(map(int, found))) == len(found))
+
+    return Rule(f"one or several {'different ' * distinct}whole numbers from {low}, such as '10 11'", accepts)
+
+
 RULES = {
     **{name: at_least(0) for name in ("learned", "batch_size", "weight_decay", "grad_clip", "early_stop_patience", "early_stop_min_delta", "save_every", "user_user", "item_item", "learning_rate",
                                       "ease_l2", "lightgcn_epochs")},
@@ -396,6 +424,6 @@ RULES = {
     "objective": one_of("auto", "link", "node"), "setting": one_of(*SETTINGS), "ratio": Rule("from 0, below 1", lambda v: 0 <= v < 1), "dropout": between(0, 0.9),
     "attention": one_of("cross", "per_relation"), "loss": one_of("softmax", "bpr"), "hide": Rule("above 0, at most 0.9", lambda v: 0 < v <= 0.9), "batch": one_of("full", "sampled"),
     "sampling": one_of("fanout", "hgsampling"), "user_features": one_of("auto", "features", "learned"), "scheduler": one_of(*SCHEDULERS), "warmup_ratio": between(0, 1), "verbose": one_of(0, 1),
-    "seed": Rule("one or several whole numbers, such as '10 11'", lambda v: len(words(v.strip("[]()"))) > 0), "log_level": one_of("DEBUG", "INFO", "WARNING", "ERROR"),
+    "seed": several(0, 2**63 - 1, distinct=True), "fanout": several(-1), "log_level": one_of("DEBUG", "INFO", "WARNING", "ERROR"),
 }
 ALIASES = {"n_epoch": "epochs", "clip": "grad_clip", "max_lr": "learning_rate", "graph_dir": "data_path", "dataset_folder": "data_path", "result_dir": "output_dir", "gpu_id": "device"}
