@@ -12,27 +12,22 @@ from recgen.core.errors import InputError, ParameterError
 from recgen.core.files import read_parquet, write_json, write_parquet
 from recgen.core.lineage import lineage, setting_of
 from recgen.core.run import Run
-from recgen.evaluation.evaluator import EvaluationResult, result_table
-from recgen.evaluation.uncertainty import compare
-from recgen.formats.provenance import Provenance
-from recgen.stages.compare import (
+from recgen.evaluation.comparison import (
     ComparisonTable,
     Entry,
     all_differences,
     comparison,
-    describe,
     difference_table,
     finding,
     grouped,
-    leaks,
     paired_differences,
-    read_baselines,
-    read_entries,
-    read_run,
     reference_of,
-    run_folders,
     seeds_label,
 )
+from recgen.evaluation.evaluator import EvaluationResult, result_table
+from recgen.evaluation.uncertainty import compare
+from recgen.formats.provenance import Provenance
+from recgen.stages.compare import describe, leaks, read_baselines, read_entries, read_run, run_folders
 
 SPLIT = {"rule": "leave_one_out"}
 

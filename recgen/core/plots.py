@@ -6,8 +6,9 @@
 __all__ = ['COLOURS', 'DASHES', 'DPI', 'new_figure', 'read_metrics', 'draw_curves', 'LivePlot', 'plot_tail', 'frequent_groups',
            'draw_plane']
 
-# %% ../../nbs/core/08_plots.ipynb #f02b78fa
+# %% ../../nbs/core/08_plots.ipynb #f0ac57d1
 import json
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -109,15 +110,15 @@ def plot_tail(
     axis.set_ylabel("share at least x")
     axis.legend(frameon=False, fontsize=8)
 
-# %% ../../nbs/core/08_plots.ipynb #c459b4a2
+# %% ../../nbs/core/08_plots.ipynb #0b16af6d
 def frequent_groups(
     column,  # one name a row, or a path of names, coarse to fine
     most: int = 5,  # names that are kept
 ):  # (N,) names; "" where it is none of them
     "The most frequent names at the first level where no name has nine rows of ten."
     paths = [list(v) if isinstance(v, (list, tuple, np.ndarray)) else [v] for v in column]
-    levels = pd.DataFrame(paths).fillna("").astype(str)
-    names = next((levels[d] for d in levels if levels[d].value_counts(normalize=True).iloc[0] < 0.9), levels[0])
+    levels = [pd.Series(["" if pd.isna(name) else str(name) for name in level], dtype=object) for level in zip_longest(*paths)]
+    names = next((level for level in levels if level.value_counts(normalize=True).iloc[0] < 0.9), levels[0])
     return names.where(names.isin([n for n in names.value_counts().index if n][:most]), "").to_numpy(str)
 
 

@@ -4,35 +4,28 @@
 
 # %% auto #0
 __all__ = ['GRAPHS', 'OWN', 'RULES', 'embeddings_name', 'tokenizer_name', 'describe', 'leaks', 'dataset_of', 'run_folders',
-           'Entry', 'read_ranks', 'split_of', 'told_of', 'read_run', 'read_baselines', 'check_entries', 'grouped',
-           'seeds_label', 'values_of', 'comparison', 'paired_differences', 'all_differences', 'reference_of',
-           'ComparisonTable', 'difference_table', 'finding', 'plot_differences', 'plot_levels', 'draw', 'world_entries',
-           'cut_offs', 'read_entries', 'save_comparison']
+           'read_ranks', 'split_of', 'told_of', 'read_run', 'read_baselines', 'world_entries', 'cut_offs',
+           'read_entries', 'save_comparison']
 
-# %% ../../nbs/06_compare.ipynb #54e33c62
+# %% ../../nbs/06_compare.ipynb #c0e2e6eb
 import glob
 import math
 import os
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-import torch
 
 from ..core.errors import InputError, ParameterError, first_few
 from ..core.files import read_json, read_parquet, resolve, shown, write_parquet
 from ..core.lineage import Lineage, input_place, lineage, read_manifest, seeds_of, setting_of
 from ..core.params import Rule, at_least, between, one_of
-from ..core.plots import COLOURS, new_figure
 from ..core.run import verify_file
 from ..evaluation.baselines import ItemKNN, Popularity
+from ..evaluation.comparison import Entry, check_entries
 from ..evaluation.ease import EASE
-from ..evaluation.evaluator import EvaluationResult, check_comparable, evaluate_scores, figure_cell
+from ..evaluation.evaluator import EvaluationResult, evaluate_scores
 from ..evaluation.protocol import cases_from_dataset
-from ..evaluation.ranking import metric_values
-from ..evaluation.uncertainty import interval, resampled_means
 from ..formats.dataset import LEAVE_ONE_OUT, Dataset
 from ..formats.provenance import Provenance
 from ..sources.world import make_world
@@ -73,7 +66,7 @@ def describe(run: Lineage) -> dict:
         return {"embeddings": GRAPHS[run.stage], "tokenizer": "", "retrieval": "link ranking"}
     return {**known, "retrieval": run.stage}
 
-# %% ../../nbs/06_compare.ipynb #83b4460d
+# %% ../../nbs/06_compare.ipynb #fbed2d48
 def leaks(run: Lineage) -> str:
     "What the run or one before it knew of held-out rows, with commas; empty: nothing that is recorded."
     found, own = [], dataset_of(run).get("train_hash")
@@ -115,22 +108,7 @@ def run_folders(
     ends = {p: next(e for n in range(1, len(p.parts) + 1) if sum("/".join(q.parts[-n:]) == (e := "/".join(p.parts[-n:])) for q in places) == 1) for p in places}
     return [(name or ends[p], p) for name, p in found]
 
-# %% ../../nbs/06_compare.ipynb #4d1636f0
-@dataclass
-class Entry:
-    "One ranking of the users: its label, its ranks, and what is known of where they came from."
-
-    label: str
-    result: EvaluationResult  # per-user ranks, split, path, leaky
-    facts: dict = field(default_factory=dict)  # embeddings, tokenizer, retrieval
-    dataset: dict = field(default_factory=dict)  # dataset_of's
-    setting: str = ""  # hash of all that made it, seeds left out
-    seeds: tuple = ()  # seeds of the chain
-    lost: tuple = ()  # inputs that are not there any more: what they knew is not known
-    folder: Path | None = None
-    stage: str = ""
-
-
+# %% ../../nbs/06_compare.ipynb #f917111b
 def read_ranks(path: Path) -> pd.DataFrame:
     "A run's per-user table, verified, by user. InputError where a user is in it twice or nobody is."
     table = read_parquet(verify_file(path), ["user_id", "target", "rank", "rank_filtered"]).to_pandas().sort_values("user_id", ignore_index=True)
@@ -172,7 +150,7 @@ def read_run(label: str, folder: Path) -> Entry:
     return Entry(label, result, describe(run), dataset_of(run), setting_of(run), seeds_of(run),
                  tuple(dict.fromkeys(f"{r.stage}: {name}" for r in run.runs() for name in r.lost)), folder, run.stage)
 
-# %% ../../nbs/06_compare.ipynb #8d324970
+# %% ../../nbs/06_compare.ipynb #c65ac6f2
 def read_baselines(entries: list, wanted: str) -> list:
     "Entries of the baselines beside the runs: all, none, or names by commas. InputError for a name that no run has."
     found = {}
@@ -190,186 +168,6 @@ def read_baselines(entries: list, wanted: str) -> list:
         result = EvaluationResult(per_user, name, split, told.get("path", "exact"), leaky=told.get("leaky") or (entry.result.leaky if mixed else ""))
         out.append(Entry(f"{name} (baseline)" if name in taken else name, result, {"retrieval": f"{name}, beside {entry.label}" if mixed else name}, entry.dataset, stage="baseline"))
     return out
-
-
-def check_entries(entries: list):
-    "InputError where entries are about different data, splits, users or targets."
-    first = entries[0]
-    for other in entries[1:]:
-        differ = [k for k in first.dataset if k in other.dataset and first.dataset[k] != other.dataset[k]]
-        if differ:
-            raise InputError("runs on different data do not stand in one table", column=", ".join(differ), found=f"{other.label}: " + first_few(str(other.dataset[k])[:40] for k in differ),
-                             expected=f"{first.label}: " + first_few(str(first.dataset[k])[:40] for k in differ), mend="compare runs on one dataset folder")
-    check_comparable({f"{i} {e.label}": e.result for i, e in enumerate(entries)})
-
-# %% ../../nbs/06_compare.ipynb #81dbe74f
-def grouped(entries: list) -> dict:
-    "{label: entries that differ in seeds only}. InputError where one label stands for different settings, or for the same run twice."
-    groups = {}
-    for entry in entries:
-        same = next((g for g in groups.values() if entry.setting and g[0].setting == entry.setting and entry.seeds not in [e.seeds for e in g]), None)
-        by_name = groups.get(entry.label)
-        if by_name is not None and by_name is not same:
-            raise InputError("runs of one name differ in more than their seeds, or not at all", column="runs", found=f"{entry.label}: " + ", ".join(shown(e.folder) for e in [*by_name, entry] if e.folder),
-                             mend="give each setting a name of its own")
-        if same is not None:
-            same.append(entry)
-        else:
-            groups[entry.label] = [entry]
-    labels = [seeds_label([e.label for e in group]) for group in groups.values()]
-    return {new if labels.count(new) == 1 else old: group for new, (old, group) in zip(labels, groups.items(), strict=True)}
-
-
-def seeds_label(labels: list) -> str:
-    "One name for the runs of several seeds: theirs without the seed, where they agree."
-    ends = {re.sub(r"([\s_/.=-]+(seed|s)?|seed)[\s_=-]*\d+$", "", label) for label in labels}
-    return ends.pop() if len(ends) == 1 and len(labels) > 1 else labels[0]
-
-# %% ../../nbs/06_compare.ipynb #72361d4f
-def values_of(group: list, filtered: bool, ks) -> tuple:  # names (M,), values (S, U, M)
-    "Recall and NDCG of every user at every cut-off, for each seed."
-    found = [metric_values(e.result.ranks(filtered), ks) for e in group]
-    return found[0][0][:-1], torch.stack([v[:, :-1] for _, v in found])
-
-
-def comparison(groups: dict, ks=(5, 10), metric: str = "ndcg@10", resamples: int = 1000, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    "One row a setting: what it is made of, mean over seeds with interval over users, sd over seeds; best first, leaky last."
-    rows = []
-    for label, group in groups.items():
-        first = group[0]
-        leaky = ", ".join(dict.fromkeys(e.result.leaky for e in group if e.result.leaky))
-        row = {"run": label, **{k: first.facts.get(k, "") for k in ("embeddings", "tokenizer", "retrieval")}, "stage": first.stage, "path": first.result.path, "split": first.result.split,
-               "seeds": len(group), "users": len(first.result.per_user), "leaky": leaky, "lost": ", ".join(dict.fromkeys(x for e in group for x in e.lost))}
-        for variant in ("filtered", "unfiltered"):
-            names, values = values_of(group, variant == "filtered", ks)
-            low, high = interval(resampled_means(values.mean(0), resamples, seed), level)
-            sd = values.mean(1).std(0) if len(group) > 1 else torch.full((len(names),), math.nan)
-            for i, name in enumerate(names):
-                row |= {f"{variant}/{name}": values[:, :, i].mean().item(), f"{variant}/{name}/low": low[i].item(), f"{variant}/{name}/high": high[i].item(), f"{variant}/{name}/sd": sd[i].item()}
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    return table.iloc[np.lexsort([-table[f"filtered/{metric}"], table.leaky != ""])].reset_index(drop=True)
-
-# %% ../../nbs/06_compare.ipynb #2b9b1bc8
-def paired_differences(groups: dict, reference: str, ks=(5, 10), resamples: int = 1000, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    "Every row against the reference, paired on users: difference, interval, and whether that leaves out 0."
-    rows = []
-    for label, group in groups.items():
-        if label == reference:
-            continue
-        for variant in ("filtered", "unfiltered"):
-            names, own = values_of(group, variant == "filtered", ks)
-            other = values_of(groups[reference], variant == "filtered", ks)[1]
-            own, other = own.mean(0), other.mean(0)  # over seeds
-            low, high = interval(resampled_means(own - other, resamples, seed), level)
-            rows += [{"run": label, "reference": reference, "history": variant, "metric": name, "value": own[:, i].mean().item(), "reference_value": other[:, i].mean().item(),
-                      "difference": (own - other)[:, i].mean().item(), "low": low[i].item(), "high": high[i].item(), "clear": bool(low[i] > 0 or high[i] < 0), "users": len(own),
-                      "leaky": ", ".join(dict.fromkeys(e.result.leaky for e in group if e.result.leaky))} for i, name in enumerate(names)]
-    return pd.DataFrame(rows, columns=["run", "reference", "history", "metric", "value", "reference_value", "difference", "low", "high", "clear", "users", "leaky"])
-
-
-def all_differences(groups: dict, table: pd.DataFrame, reference: str, *args) -> pd.DataFrame:
-    "Every row against the reference, in the table's order; then the best row against the next one, where neither is the reference."
-    rest = [label for label in table["run"] if label != reference]
-    parts = [paired_differences({label: groups[label] for label in (*rest, reference)}, reference, *args)]
-    first = table["run"][table["leaky"] == ""].tolist()[:2]
-    if len(first) == 2 and reference not in first:
-        parts.append(paired_differences({label: groups[label] for label in first}, first[1], *args))
-    return pd.concat(parts, ignore_index=True)
-
-
-def reference_of(groups: dict, reference: str) -> str:
-    "The label that the others are compared with: the given one, else the first that is not leaky. ParameterError for one that is none, or leaky beside others that are not."
-    clean = [label for label, group in groups.items() if not any(e.result.leaky for e in group)]
-    reference = next((label for label, group in groups.items() if reference in [e.label for e in group]), reference)  # one of several seeds stands for all
-    if reference and (reference not in groups or clean and reference not in clean):
-        problem = "a run that knows held-out rows cannot be the reference" if reference in groups else "there is no such run to compare with"
-        raise ParameterError(problem, column="reference", found=reference, expected="one of: " + ", ".join(clean or groups))
-    return reference or (clean or list(groups))[0]
-
-# %% ../../nbs/06_compare.ipynb #c1ffaa97
-class ComparisonTable(pd.DataFrame):
-    "`comparison` as a DataFrame that displays itself in short."
-
-    def _repr_html_(self):
-        return None  # so that the markdown below is what a notebook shows
-
-    def _repr_markdown_(self):
-        names = [c.split("/")[1] for c in self.columns if c.startswith("filtered/") and c.count("/") == 1]
-        known = [c for c in ("embeddings", "tokenizer", "retrieval") if (self[c] != "").any() and not (c == "retrieval" and (self[c] == self["run"]).all())]
-        several = bool((self["seeds"] > 1).any())
-        head = ["history", "run", *known, *(["seeds"] if several else []), *names]
-        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * (1 + 1 + len(known)) + "---:|" * (several + len(names))]
-        for variant in ("filtered", "unfiltered"):
-            best = self[self["leaky"] == ""][[f"{variant}/{n}" for n in names]].max()
-            for _, row in self.iterrows():
-                label = f"{row['run']} (not comparable: knows {row['leaky']})" if row["leaky"] else row["run"]
-                spread = ["" if pd.isna(sd := row[f"{variant}/{n}/sd"]) else f" ±&nbsp;{sd:.4f}".replace("0.", ".", 1) for n in names]  # between seeds
-                cells = [figure_cell(row, f"{variant}/{n}", not row["leaky"] and row[f"{variant}/{n}"] == best[f"{variant}/{n}"]) + sd for n, sd in zip(names, spread, strict=True)]
-                lines.append("| " + " | ".join([variant, label, *(row[c] for c in known), *([str(row["seeds"])] if several else []), *cells]) + " |")
-        lost = self[self["lost"] != ""]
-        notes = [f"\nNot all inputs of {r['run']} are there any more ({r['lost']}): what they knew is not recorded here." for _, r in lost.iterrows()]
-        return "\n".join(lines + notes)
-
-
-def difference_table(differences: pd.DataFrame, history: str = "filtered") -> pd.DataFrame:
-    "The differences with their intervals in a row a run."
-    part = differences[differences["history"] == history]
-    part = part[part["reference"] == part["reference"].iloc[0]] if len(part) else part
-    cell = part.apply(lambda r: f"{r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]" + (" *" if r["clear"] else ""), axis=1) if len(part) else part["run"]
-    label = part["run"] + part["leaky"].map(lambda x: f" (not comparable: knows {x})" if x else "")
-    return pd.DataFrame({"run": label, "metric": part["metric"], "cell": cell}).pivot_table(index="run", columns="metric", values="cell", aggfunc="first", sort=False).rename_axis(columns=None)
-
-
-def finding(table: pd.DataFrame, differences: pd.DataFrame, metric: str) -> str:
-    "Which run is best among those that may be compared, the differences from the reference and from the next one, and what was left out."
-    clean = table[table["leaky"] == ""]
-    if not len(clean):
-        return "Every run knows held-out rows: there is no figure to report."
-    best = clean.iloc[0]
-    name = f"filtered/{metric}"
-    lines = [f"{metric.replace('ndcg', 'NDCG').replace('recall', 'Recall')}, history filtered, {best['users']:,} users: {best['run']} is best with {best[name]:.4f} [{best[f'{name}/low']:.4f}, {best[f'{name}/high']:.4f}]."]
-    part = differences[(differences["history"] == "filtered") & (differences["metric"] == metric) & (differences["leaky"] == "")]
-    for _, r in part.iterrows():
-        lines.append(f"  {r['run']} over {r['reference']}: {r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}], {'clear' if r['clear'] else 'not clear: the interval holds 0'}")
-    return "\n".join(lines + ([f"{len(table) - len(clean)} of {len(table)} runs know held-out rows and are no part of this."] if len(clean) < len(table) else []))
-
-# %% ../../nbs/06_compare.ipynb #d052b02f
-def plot_differences(axis, differences: pd.DataFrame, metric: str):
-    "Forest plot: a row a run, the paired difference with its interval, the reference at 0."
-    part = differences[(differences["history"] == "filtered") & (differences["metric"] == metric)]
-    part = part[part["reference"] == part["reference"].iloc[0]].reset_index(drop=True) if len(part) else part
-    y = np.arange(len(part))[::-1]
-    for i, r in part.iterrows():
-        colour = COLOURS[4] if r["leaky"] else COLOURS[0] if r["clear"] else COLOURS[1]
-        axis.plot([r["low"], r["high"]], [y[i], y[i]], color=colour, linestyle="-" if r["clear"] else "--", linewidth=1.6)
-        axis.plot(r["difference"], y[i], "o", color=colour, markerfacecolor="white" if r["leaky"] else colour, markersize=6)
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(y, [r + (" (leaky)" if x else "") for r, x in zip(part["run"], part["leaky"], strict=True)])
-    axis.set_ylim(-0.6, max(len(part) - 0.4, 0.6))
-    clean = part[part["leaky"] == ""]
-    axis.set_title(f"{int((clean['clear'] & (clean['difference'] > 0)).sum())} of {len(clean)} are clearly better than {''.join(part['reference'][:1])}", fontsize=10)
-    axis.set_xlabel(f"difference in {metric}, paired on users")
-
-
-def plot_levels(axis, table: pd.DataFrame, metric: str):
-    "Bars with intervals, history filtered."
-    name, y = f"filtered/{metric}", np.arange(len(table))[::-1]
-    for i, r in table.reset_index(drop=True).iterrows():
-        axis.barh(y[i], r[name], height=0.62, color="white" if r["leaky"] else COLOURS[0], edgecolor=COLOURS[4] if r["leaky"] else COLOURS[0], hatch="//" if r["leaky"] else "")
-        axis.plot([r[f"{name}/low"], r[f"{name}/high"]], [y[i], y[i]], color=COLOURS[1], linewidth=2)
-    axis.set_yticks(y, [r + (" (leaky)" if x else "") for r, x in zip(table["run"], table["leaky"], strict=True)])
-    clean = table[table["leaky"] == ""]
-    axis.set_title(f"{clean['run'].iloc[0]} is best" if len(clean) else "every run is leaky", fontsize=10)
-    axis.set_xlabel(f"{metric}, history filtered")
-
-
-def draw(table: pd.DataFrame, differences: pd.DataFrame, metric: str):
-    "Both pictures."
-    figure, axes = new_figure(2, 5.6, max(2.2, 0.7 + 0.38 * len(table)))
-    plot_differences(axes[0], differences, metric)
-    plot_levels(axes[1], table, metric)
-    figure.tight_layout()
 
 # %% ../../nbs/06_compare.ipynb #b030850e
 def world_entries(seed: int = 0) -> list:
