@@ -221,9 +221,9 @@ print(json.dumps([seen, int(peak.split()[1]) / 1024]))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of resident memory is read from Linux's /proc")
 @pytest.mark.parametrize("kind", ["npy", "parquet"])
 def test_memory_does_not_grow_with_the_vectors(tmp_path, kind):
-    "Four times the vectors, 38 MB more: the peak of a process that fits and assigns grows by a small part of that."
+    "Four times the vectors, 77 MB more: the peak of a process that fits and assigns grows by less than a third of that, which is how much an allocator's leftovers differ."
     peaks = []
-    for n in (50_000, 200_000):
+    for n in (100_000, 400_000):
         file = tmp_path / f"{n}.{kind}"
         x = np.random.default_rng(0).standard_normal((n, 64), dtype=np.float32)
         if kind == "npy":
@@ -235,4 +235,4 @@ def test_memory_does_not_grow_with_the_vectors(tmp_path, kind):
         seen, peak = json.loads(done.stdout)
         assert seen == n
         peaks.append(peak)
-    assert peaks[1] - peaks[0] < 12, peaks
+    assert peaks[1] - peaks[0] < 25, peaks

@@ -6,8 +6,8 @@
 __all__ = ['AGGREGATORS', 'row_blocks', 'NeighbourMax', 'read_neighbours', 'SageLayer', 'as_csr', 'check_devices',
            'structural_features', 'standardised', 'SageConfig', 'SageInputs', 'ProductionGraphSAGE', 'skip_gram_loss']
 
-# %% ../../nbs/graph/09_sage.ipynb #3a930f9a
-from dataclasses import asdict, dataclass
+# %% ../../nbs/graph/09_sage.ipynb #fb7efdfb
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..core.errors import InputError
-from ..core.files import read_torch
+from ..core.models import load_model, model_state
 from .hetero import Csr
 from .kernels import mean_propagate
 
@@ -178,7 +178,7 @@ class SageConfig:
         if self.aggregator not in AGGREGATORS:
             raise InputError("there is no such aggregator", column="aggregator", found=self.aggregator, expected=", ".join(AGGREGATORS))
 
-# %% ../../nbs/graph/09_sage.ipynb #bfc0fbc3
+# %% ../../nbs/graph/09_sage.ipynb #cfa1a056
 class SageInputs:
     "What ProductionGraphSAGE does with what it is given: `input`, `edges`, `first_means`; and its way to disk."
 
@@ -218,18 +218,12 @@ class SageInputs:
 
     def state(self) -> dict:
         "Weights and shape, for core.files.write_torch."
-        return {"config": asdict(self.config), "model": {k: v.detach().cpu() for k, v in self.state_dict().items()}}
+        return model_state(self)
 
     @classmethod
     def load_from_checkpoint(cls, path):
         "From a file that holds `state()`. InputError for a checkpoint of something else."
-        state = read_torch(path, mend="train the model again")
-        try:
-            model = cls(**state["config"])
-            model.load_state_dict(state["model"])
-        except (TypeError, KeyError, AttributeError, RuntimeError, InputError) as e:
-            raise InputError("this is not a checkpoint of a GraphSAGE", file=path, found=str(e).splitlines()[0][:200], expected="config, model", mend="give the model.pt of a run") from e
-        return model.eval()
+        return load_model(lambda config: cls(**config), path, "GraphSAGE", "copy it again, or give the model.pt of a run of 02_graphsage")
 
 # %% ../../nbs/graph/09_sage.ipynb #a2456442
 class ProductionGraphSAGE(SageInputs, nn.Module):

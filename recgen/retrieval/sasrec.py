@@ -203,7 +203,7 @@ def check_items(values, n_items: int, problem: str):
     if bool(((values < 1) | (values > n_items)).any()):
         raise InputError(problem, column="item_id", found=f"{int(values.min())} … {int(values.max())}", expected=f"1 … {n_items}")
 
-# %% ../../nbs/retrieval/04_sasrec.ipynb #99c79be5
+# %% ../../nbs/retrieval/04_sasrec.ipynb #fc6efec2
 class SasRec(SasRecEncoder):
     "SASRec: `scores` ranks the catalogue by products with the item vectors; `forward` is the training loss."
 
@@ -256,7 +256,7 @@ class SasRec(SasRecEncoder):
     @classmethod
     def load_from_checkpoint(cls, path):
         "From a file that holds `state()`. InputError for a checkpoint of something else."
-        return load_model(lambda config: cls(SasRecConfig(**config)), path, "SASRec", "give a file that holds the state() of a SasRec")
+        return load_model(lambda config: cls(SasRecConfig(**config)), path, "SASRec", "copy it again, or give a file that holds the state() of a SasRec")
 
 # %% ../../nbs/retrieval/04_sasrec.ipynb #a90bce7b
 class SasRecTask:

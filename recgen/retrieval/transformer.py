@@ -205,7 +205,7 @@ def guide():
 
     return module
 
-# %% ../../nbs/retrieval/01_transformer.ipynb #530d1b33
+# %% ../../nbs/retrieval/01_transformer.ipynb #3ce40fbf
 class Tiger(GuideMethods, nn.Module):
     "Encoder–decoder over semantic-ID tokens. `codes_loss(model(history, codes), codes)` trains it; `retrieval.beam` decodes with it."
 
@@ -274,7 +274,7 @@ class Tiger(GuideMethods, nn.Module):
     @classmethod
     def load_from_checkpoint(cls, path):
         "From model.pt, or any checkpoint that holds `config` and `model`. InputError for a checkpoint of something else."
-        return load_model(lambda config: cls(TigerConfig(**config)), path, "TIGER model", "give the model.pt of a run of 04_tiger")
+        return load_model(lambda config: cls(TigerConfig(**config)), path, "TIGER model", "copy it again, or give the model.pt of a run of 04_tiger")
 
 # %% ../../nbs/retrieval/01_transformer.ipynb #afd18f66
 def codes_loss(
