@@ -477,3 +477,14 @@ def test_on_a_cpu_nothing_is_compiled_unasked(graphs):
     assert not graphs
     with pytest.raises(ParameterError, match="compile"):
         fit(Curve(), settings(compile="maybe"))
+
+
+def test_the_best_weights_are_kept_without_a_folder_too(tmp_path):
+    states = []
+    for folder in (None, tmp_path):
+        trainer = fit(Curve(), settings(epochs=6, best_mode="max"), folder)  # the worst epoch is chosen: an early one
+        assert trainer.best.epoch < trainer.position.epoch
+        last = {k: v.clone() for k, v in trainer.module.state_dict().items()}
+        states.append({k: v.clone() for k, v in trainer.load_best().state_dict().items()})
+        assert not equal(states[-1], last)
+    assert equal(*states)

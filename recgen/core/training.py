@@ -209,7 +209,7 @@ def on_device(task, part, device):
     "A batch as the task's loss takes it: `task.place(part)` where the task has that (to read what it must know of the numbers while they are on the CPU: asking a GPU would make it wait), else on the device."
     return task.place(part) if hasattr(task, "place") else part.to(device)
 
-# %% ../../nbs/core/11_training.ipynb #0e8d4c45
+# %% ../../nbs/core/11_training.ipynb #a6eb8558
 class Trainer:
     "One training: `run()` trains from the last checkpoint (or the start) to the end. See `fit`."
 
@@ -227,6 +227,7 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
         self.position, self.best = Position(), Best(settings.best_mode, settings.early_stop_min_delta)
         self.resumed_from, self.seconds, self.trained = None, 0.0, 0
+        self.kept = None  # the best weights, where no folder keeps them
         torch.manual_seed(settings.seed + 1_000_003 * self.rank)
 
     @property
@@ -336,6 +337,8 @@ class Trainer:
         self.trackers.write(record, p.step)
         if self.folder and self.main:
             append_record(self.folder / "metrics.jsonl", record)
+        if improved and not self.folder:
+            self.kept = {k: v.detach().clone() for k, v in self.module.state_dict().items()}
         if self.folder:
             if improved:
                 self.save("best.pt")
@@ -384,10 +387,12 @@ class Trainer:
                 self.log.info(f"resumed after epoch {self.position.epoch}, step {self.position.step}")
 
     def load_best(self):
-        "Put the best checkpoint's weights into the model (the last ones, where no metric chose). Returns the plain module."
+        "Put the best epoch's weights into the model (the last ones, where no metric chose). Returns the plain module."
         path = self.folder / "checkpoints" / "best.pt" if self.folder else None
         if path and path.exists() and self.settings.best_metric:
             self.module.load_state_dict(read_torch(path)["model"])
+        elif self.kept:
+            self.module.load_state_dict(self.kept)
         return self.module.eval()
 
 # %% ../../nbs/core/11_training.ipynb #e743f3db

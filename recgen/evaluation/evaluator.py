@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EvaluationResult', 'per_user_table', 'repeat_share', 'evaluate_scores', 'tuple_metrics', 'evaluate_lists',
            'evaluate_tuples', 'figures', 'check_comparable', 'ResultTable', 'figure_cell', 'result_table',
-           'validation_line']
+           'validation_metrics', 'validation_line']
 
-# %% ../../nbs/evaluation/05_evaluator.ipynb #3abd9fd4
+# %% ../../nbs/evaluation/05_evaluator.ipynb #51cdcb93
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from ..core.errors import InputError
+from ..core.processes import gather_objects, own_share
 from .protocol import Cases
 from .ranking import drop_seen, metric_values, metrics_from_ranks, rank_from_lists, rank_from_scores, top_lists
 from .tuples import invalid_share, rank_before_resolution, resolve_tuples, tuple_rank
@@ -226,6 +227,19 @@ def result_table(
     table = pd.DataFrame([figures(r, ks, resamples, seed) for r in results.values()], index=pd.Index(list(results), name="model"))
     order = np.lexsort([-table[f"filtered/ndcg@{max(ks)}"], table.leaky != ""])  # the last key sorts first
     return ResultTable(table.iloc[order])
+
+# %% ../../nbs/evaluation/05_evaluator.ipynb #e57c202a
+def validation_metrics(
+    score_fn,  # (history Ragged of B rows, users (B,)) -> (B, N + 1) scores, column 0 is padding
+    cases: Cases,
+    ks=(5, 10),  # cut-offs
+    block: int = 512,  # users at a time
+) -> dict:
+    "Recall and NDCG over the whole catalogue with the history filter; each process ranks its share of the cases, the figures are of all."
+    part = cases.select(own_share(len(cases)))
+    with torch.no_grad():
+        ranks = [rank_from_scores(score_fn(b.history, b.users), b.targets, b.history).cpu() for b in map(part.select, torch.arange(len(part)).split(block))]
+    return metrics_from_ranks(torch.cat(sum(gather_objects(ranks), [])), ks, f"{cases.split}/item/filtered")
 
 # %% ../../nbs/evaluation/05_evaluator.ipynb #4541b1ee
 def validation_line(

@@ -7,7 +7,7 @@ __all__ = ['FeatureConfig', 'FeatureExtractor', 'embed', 'bpr_loss', 'sampled_so
            'link_metrics', 'LinkTask', 'pair_loss', 'sample_link_batch', 'epoch_line', 'NodeSettings', 'NodeBatch',
            'NodeTask', 'model_of', 'user_logits', 'train_hgt']
 
-# %% ../../nbs/graph/08_hgt_training.ipynb #5a624f0e
+# %% ../../nbs/graph/08_hgt_training.ipynb #4c242ea1
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -19,8 +19,8 @@ from ..core.errors import InputError
 from ..core.models import load_model, model_state
 from ..core.training import Trainer, TrainSettings, fit
 from ..evaluation.classification import binary_metrics
+from ..evaluation.evaluator import validation_metrics
 from ..evaluation.protocol import Cases
-from ..evaluation.ranking import metrics_from_ranks, rank_from_scores
 from .hetero import BOUGHT, BOUGHT_BY, HeteroGraph, without_interactions
 from .hgt import HGT, HGTConfig
 from .imbalance import Balanced, Labels
@@ -158,20 +158,16 @@ class LinkBatch:
     drawn: torch.Tensor  # (m,) drawn items, positions in the graph
     log_expected: torch.Tensor  # (m,) log(m·q)
 
-# %% ../../nbs/graph/08_hgt_training.ipynb #f7a1d10c
+# %% ../../nbs/graph/08_hgt_training.ipynb #6c6c3e3c
 def link_metrics(task, model) -> dict:
     "Recall and NDCG over the whole catalogue with the history filter, and the loss on the validation pairs against fixed items."
     vectors = embed(model, task.graph, fanouts=task.fanouts, method=task.settings.method)
     users, items = vectors["user"], vectors["item"]
-    scorer, ranks = VectorScores(users, items), []
-    for index in torch.arange(len(task.valid)).split(512):
-        part = task.valid.select(index)
-        ranks.append(rank_from_scores(scorer.scores(part.history, part.users), part.targets, part.history).cpu())
     drawn = torch.multinomial(task.q, task.settings.negatives, replacement=True, generator=generator(0, 1))
     batch = LinkBatch(task.graph, {}, task.valid.users - 1, task.valid.targets - 1, drawn, (task.settings.negatives * task.q[drawn]).log())
     batch = replace(batch, **{k: getattr(batch, k).to(users.device) for k in ("items", "drawn", "log_expected")})
     loss = pair_loss(users[batch.users.to(users.device)], items, batch, task.settings.loss)
-    return {"valid/loss": float(loss), **metrics_from_ranks(torch.cat(ranks), (5, 10), "valid/item/filtered")}
+    return {"valid/loss": float(loss), **validation_metrics(VectorScores(users, items).scores, task.valid)}
 
 # %% ../../nbs/graph/08_hgt_training.ipynb #5af3c12c
 class LinkTask:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['normalised_graph', 'bpr_loss', 'softmax_loss', 'LightGCNConfig', 'LightGCN', 'LightGCNTask', 'train_lightgcn']
 
-# %% ../../nbs/graph/11_lightgcn.ipynb #057ba96f
+# %% ../../nbs/graph/11_lightgcn.ipynb #fa09df3a
 import math
 from dataclasses import asdict, dataclass
 
@@ -15,11 +15,9 @@ from torch import nn
 
 from ..core.device import resolve_device, seed_everything
 from ..core.errors import InputError, ParameterError
-from ..core.processes import gather_objects, own_share
 from ..core.ragged import Ragged, windows
 from ..core.training import TrainSettings, fit
-from ..evaluation.evaluator import validation_line
-from ..evaluation.ranking import metrics_from_ranks, rank_from_scores
+from ..evaluation.evaluator import validation_line, validation_metrics
 from .hetero import Csr
 from .kernels import propagate
 from .link_prediction import NonEdges, VectorScores
@@ -133,7 +131,7 @@ class LightGCN(nn.Module):
         "Of user vectors: what the history holds beyond the training rows is not seen. Column 0 is −inf."
         return self.ranker().scores(history, users)
 
-# %% ../../nbs/graph/11_lightgcn.ipynb #5d72130a
+# %% ../../nbs/graph/11_lightgcn.ipynb #6678f2cd
 class LightGCNTask:
     "What core.training needs: the model, an epoch's edges, the loss, and validation on fixed cases."
 
@@ -155,11 +153,7 @@ class LightGCNTask:
         return model(index)
 
     def evaluate(self, model) -> dict:
-        "Recall and NDCG with the history filter; each process ranks its share of the cases."
-        part, ranker = self.valid.select(own_share(len(self.valid))), model.ranker()
-        blocks = map(part.select, torch.arange(len(part)).split(512))
-        ranks = [rank_from_scores(ranker.scores(b.history, b.users), b.targets, b.history).cpu() for b in blocks]
-        return metrics_from_ranks(torch.cat(sum(gather_objects(ranks), [])), (5, 10), "valid/item/filtered")
+        return validation_metrics(model.ranker().scores, self.valid)
 
     def log_line(self, record) -> str:
         return validation_line(record, "LightGCN")

@@ -7,7 +7,7 @@ __all__ = ['edge_keys', 'contains', 'is_symmetric', 'hold_out_edges', 'NonEdges'
            'link_scores', 'candidate_ranks', 'link_auc', 'similarity_gap', 'collapse_figures', 'one_nn_agreement',
            'random_split', 'fit_logistic', 'linear_probe', 'VectorScores', 'MeanHistoryScores', 'best_half_life']
 
-# %% ../../nbs/graph/12_link_prediction.ipynb #b2d9820b
+# %% ../../nbs/graph/12_link_prediction.ipynb #8a0b2478
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from ..core.errors import InputError
 from ..core.neighbours import block_rows, nearest_neighbours
 from ..core.ragged import Ragged
 from ..evaluation.classification import binary_metrics, multi_class_f1, resampled_binary
-from ..evaluation.evaluator import evaluate_scores
+from ..evaluation.evaluator import validation_metrics
 from ..evaluation.ranking import rank_from_scores
 from ..evaluation.uncertainty import interval, resampled_means
 from .hetero import Csr
@@ -343,16 +343,16 @@ class MeanHistoryScores:
         mean = x.new_zeros(len(history), x.shape[1]).index_add_(0, rows, x[history.values - 1] * weight[:, None]) / total.clamp(min=1e-12)[:, None]
         return F.pad(mean @ x.T, (1, 0), value=-torch.inf)
 
-# %% ../../nbs/graph/12_link_prediction.ipynb #ca9bc577
+# %% ../../nbs/graph/12_link_prediction.ipynb #cb7b6001
 def best_half_life(
     item_vectors,  # (N, D) row = item id − 1
     valid,  # evaluation.protocol.Cases of validation
     half_lives=(0.0, 1.0, 3.0),  # to try; 0: no forgetting
-    metric: str = "ndcg@10",  # with the history filter
+    metric: str = "ndcg@10",  # or recall@10, with the history filter
 ) -> MeanHistoryScores:
     "Scores by the mean of the history with the half-life that is best on validation cases; the first of equals. InputError on cases of another split."
     if valid.split != "valid":
         raise InputError("a parameter is chosen on validation cases", found=valid.split, expected="valid")
     tried = [MeanHistoryScores(item_vectors, h) for h in half_lives]
-    found = [evaluate_scores(t.scores, valid, "mean of the history").metrics[f"valid/item/filtered/{metric}"] for t in tried]
+    found = [validation_metrics(t.scores, valid)[f"valid/item/filtered/{metric}"] for t in tried]
     return tried[found.index(max(found))]

@@ -124,24 +124,22 @@ class TrainingLogger:
             best = {"best_metric": trainer.settings.best_metric, "best_epoch": trainer.best.epoch, "best_value": trainer.best.value} if trainer else {}
             write_json(self.folder / "logs" / "training_summary.json", {"epochs": len(records), **best, "stopped_early": bool(trainer and trainer.position.stopped), "finished": done, "last": records[-1]})
 
-# %% ../../nbs/graph/10_sage_training.ipynb #11cabdca
+# %% ../../nbs/graph/10_sage_training.ipynb #85f97cab
 class Callbacks:
-    "What happens behind every epoch: several of the above, a live picture, and the best weights where no folder keeps them."
+    "What happens behind every epoch: several of the above, and a live picture."
 
     def __init__(self, parts, live=None, every: int = 1):
-        self.parts, self.live, self.every, self.trainer, self.kept = parts, live, every, None, None
+        self.parts, self.live, self.every, self.trainer = parts, live, every, None
 
     def update(self, records: list):
         "Called by the loop when the epoch's checkpoints are written."
         trainer = self.trainer
-        if trainer.folder is None and trainer.best.epoch == trainer.position.epoch:
-            self.kept = {k: v.detach().clone() for k, v in trainer.module.state_dict().items()}
         for part in self.parts:
             part.update(records, trainer)
         if self.live and (len(records) % self.every == 0 or trainer.position.stopped or len(records) == trainer.settings.epochs):
             self.live.update(records)  # a picture takes longer to draw than a small epoch to train
 
-# %% ../../nbs/graph/10_sage_training.ipynb #4493f7b5
+# %% ../../nbs/graph/10_sage_training.ipynb #47f3c18a
 class GraphSAGETrainer:
     "Trains a model on pairs: `.train(num_epochs)` returns the best loss and leaves the best model in place; `.get_embeddings()`."
 
@@ -186,10 +184,7 @@ class GraphSAGETrainer:
         self.trainer.run()
         if self.folder:
             after.update(self.trainer.position.records)  # a run that had ended before: its names and files all the same
-            self.trainer.load_best()
-        elif after.kept:
-            self.model.load_state_dict(after.kept)
-        self.model.eval()
+        self.trainer.load_best()
         return self.trainer.best.value
 
     @torch.no_grad()

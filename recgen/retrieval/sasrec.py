@@ -6,7 +6,7 @@
 __all__ = ['TrainingWindows', 'SasRecConfig', 'attention_blocks', 'SasRecLayer', 'SasRecEncoder', 'initialise',
            'CatalogueCrossEntropy', 'check_items', 'SasRec', 'SasRecTask', 'train_sasrec']
 
-# %% ../../nbs/retrieval/04_sasrec.ipynb #76ddbd32
+# %% ../../nbs/retrieval/04_sasrec.ipynb #313666d6
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,11 +16,10 @@ from torch import nn
 from ..core.device import resolve_device, seed_everything
 from ..core.errors import InputError
 from ..core.models import load_model, model_state
-from ..core.processes import gather_objects, own_share
 from ..core.ragged import Ragged, bucketed_batches, windows
 from ..core.training import TrainSettings, fit
-from ..evaluation.evaluator import validation_line
-from ..evaluation.ranking import metrics_from_ranks, rank_from_scores, top_lists
+from ..evaluation.evaluator import validation_line, validation_metrics
+from ..evaluation.ranking import top_lists
 
 # %% ../../nbs/retrieval/04_sasrec.ipynb #b314a899
 @dataclass
@@ -258,7 +257,7 @@ class SasRec(SasRecEncoder):
         "From a file that holds `state()`. InputError for a checkpoint of something else."
         return load_model(lambda config: cls(SasRecConfig(**config)), path, "SASRec", "copy it again, or give a file that holds the state() of a SasRec")
 
-# %% ../../nbs/retrieval/04_sasrec.ipynb #a90bce7b
+# %% ../../nbs/retrieval/04_sasrec.ipynb #e73522c1
 class SasRecTask:
     "What core.training needs: the model, an epoch's batches, the loss, and validation on fixed cases."
 
@@ -283,11 +282,7 @@ class SasRecTask:
         return model(history.values, history.offsets, self.samples.targets(index)) / (len(index) * self.targets_per_window)
 
     def evaluate(self, model) -> dict:
-        "Recall and NDCG with the history filter; each process ranks its share of the cases, the metrics are of all."
-        part = self.valid.select(own_share(len(self.valid)))
-        blocks = map(part.select, torch.arange(len(part)).split(512))
-        ranks = [rank_from_scores(model.scores(b.history), b.targets, b.history).cpu() for b in blocks]
-        return metrics_from_ranks(torch.cat(sum(gather_objects(ranks), [])), (5, 10), "valid/item/filtered")
+        return validation_metrics(lambda history, users: model.scores(history), self.valid)
 
     def log_line(self, record) -> str:
         return validation_line(record, "SASRec")
