@@ -180,3 +180,9 @@ def test_resamples_of_one_class_are_left_out_or_refused():
     assert (low.item(), high.item()) == (pytest.approx(0.1), pytest.approx(0.3))
     with pytest.raises(InputError, match="too few cases"):
         finite_interval(samples[1:].repeat(2, 1)[1:], ["roc"], 0.95)
+
+
+def test_equal_infinite_scores_are_ties():
+    labels = torch.tensor([1, 0, 1, 0, 1])
+    infinite, finite = (binary_metrics(torch.tensor(x), labels, 0.5) for x in ([torch.inf, torch.inf, 1.0, -torch.inf, -torch.inf], [2.0, 2.0, 1.0, 0.0, 0.0]))
+    assert infinite == finite

@@ -136,6 +136,18 @@ def test_a_dataset_may_say_that_a_relation_is_clean():
     assert leaky_relations(names, {"leaky_relations": ["item__made_in__country"]}) == "made_in"
 
 
+def test_a_way_between_users_and_items_over_other_types_is_leaky_too():
+    names = ("user__made__order", "order__has__line", "line__of__item", "item__made_in__country", "user__lives_in__town")
+    assert leaky_relations(names, {}) == "made, has, of"
+    assert leaky_relations(names[1:], {}) == ""
+
+
+def test_no_relation_takes_the_place_of_the_training_edges():
+    tables = {"user__bought__item": pd.DataFrame({"source": [1], "target": [5]})}
+    with pytest.raises(InputError, match="of this name already"):
+        graph_from_dataset(toy_dataset(), GraphSettings(relations=tuple(tables), attributes=()), relations=tables)
+
+
 @pytest.mark.parametrize("table, what", [
     (pd.DataFrame({"source": [1]}), "a column is missing"),
     (pd.DataFrame({"source": [], "target": []}), "no edges"),

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPORARY', 'caller_dir', 'resolve', 'runs_dir', 'shown', 'atomic_write', 'write_json', 'write_parquet',
-           'write_tensors', 'write_torch', 'canonical', 'read_json', 'read_parquet', 'read_tensors', 'read_torch']
+           'write_tensors', 'write_torch', 'canonical', 'link_file', 'read_json', 'read_parquet', 'read_tensors',
+           'read_torch']
 
 # %% ../../nbs/core/05_files.ipynb #80e031f4
 import errno
@@ -148,6 +149,17 @@ def canonical(state):
     if isinstance(state, (list, tuple)):
         return type(state)(canonical(v) for v in state)
     return state
+
+# %% ../../nbs/core/05_files.ipynb #440356f6
+def link_file(source, target):
+    "`target` becomes another name of the file `source`, in folders that are made, in place of what had it; a copy where the file system has no hard links."
+    source, target = Path(source), Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 # %% ../../nbs/core/05_files.ipynb #b124f02c
 @contextmanager

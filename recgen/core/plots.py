@@ -110,7 +110,7 @@ def plot_tail(
     axis.set_ylabel("share at least x")
     axis.legend(frameon=False, fontsize=8)
 
-# %% ../../nbs/core/08_plots.ipynb #0b16af6d
+# %% ../../nbs/core/08_plots.ipynb #02076687
 def frequent_groups(
     column,  # one name a row, or a path of names, coarse to fine
     most: int = 5,  # names that are kept
@@ -118,7 +118,7 @@ def frequent_groups(
     "The most frequent names at the first level where no name has nine rows of ten."
     paths = [list(v) if isinstance(v, (list, tuple, np.ndarray)) else [v] for v in column]
     levels = [pd.Series(["" if pd.isna(name) else str(name) for name in level], dtype=object) for level in zip_longest(*paths)]
-    names = next((level for level in levels if level.value_counts(normalize=True).iloc[0] < 0.9), levels[0])
+    names = next((level for level in levels if level.value_counts(normalize=True).iloc[0] < 0.9), levels[0] if levels else pd.Series([""] * len(paths), dtype=object))
     return names.where(names.isin([n for n in names.value_counts().index if n][:most]), "").to_numpy(str)
 
 

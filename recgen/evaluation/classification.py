@@ -40,7 +40,7 @@ def checked_binary(
                          mend="AUC and precision need both: take a larger or a stratified sample")
     return scores.double(), labels
 
-# %% ../../nbs/evaluation/09_classification.ipynb #0b50a7d0
+# %% ../../nbs/evaluation/09_classification.ipynb #e43ba1f2
 def ranking_metrics(
     scores,  # (U,) float64
     labels,  # (U,) bool
@@ -48,7 +48,8 @@ def ranking_metrics(
 ):  # (R, 2): ROC-AUC and average precision; NaN where a weighting leaves one class
     "Exact AUC (ties half) and average precision of every weighting."
     order = scores.argsort(descending=True)
-    ends = torch.cat([scores[order].diff() != 0, torch.ones(1, dtype=torch.bool, device=scores.device)]).nonzero()[:, 0]
+    ranked = scores[order]
+    ends = torch.cat([ranked[1:] != ranked[:-1], torch.ones(1, dtype=torch.bool, device=scores.device)]).nonzero()[:, 0]
     weights, positive = weights[:, order], labels[order].double()
     tp = (weights * positive).cumsum(1)[:, ends]  # positives at or above each distinct score
     above = weights.cumsum(1)[:, ends]

@@ -275,7 +275,7 @@ def without_interactions(
     taken = graph.relations[BOUGHT].select(~hidden)
     return replace(graph, relations={**graph.relations, **interaction_relations(taken, graph.settings or GraphSettings())})
 
-# %% ../../nbs/graph/00_hetero.ipynb #b595a134
+# %% ../../nbs/graph/00_hetero.ipynb #b5c02999
 def relation_edges(
     frame: pd.DataFrame,  # source, target, optional weight: ids from 1
     name: str,  # source__name__target
@@ -314,12 +314,20 @@ def leaky_relations(
     names,  # stems of files
     info: dict,  # dataset.json's content
 ) -> str:
-    "Of these relations the ones that must be taken to know held-out rows, with commas."
+    "Of these relations the ones that must be taken to know held-out rows, with commas: those declared, else all on any way between users and items."
     ends = {n: {n.split("__")[0], n.split("__")[-1]} for n in names}
-    declared = info.get("leaky_relations", [n for n in names if ends[n] <= {"item", "user"}])
+
+    def reached(start: str, end: str) -> set:  # types on ways from start that do not lead through end
+        found = {start}
+        while more := set().union(*(e for e in ends.values() if (e - {end}) & found)) - found:
+            found |= more
+        return found
+
+    between = reached("user", "item") & reached("item", "user") | {"user", "item"}
+    declared = info.get("leaky_relations", [n for n in names if ends[n] <= between])
     return ", ".join(n.split("__")[1] for n in names if n in declared)
 
-# %% ../../nbs/graph/00_hetero.ipynb #6d59fdbc
+# %% ../../nbs/graph/00_hetero.ipynb #06127026
 def graph_from_dataset(
     dataset: Dataset,
     settings: GraphSettings = None,
@@ -344,9 +352,10 @@ def graph_from_dataset(
         frame = relations[name] if relations is not None else dataset_table(dataset.folder, f"relations/{name}.parquet")
         relation, edges, sizes = relation_edges(frame, name, n, f"relations/{name}.parquet")
         n |= sizes
-        found[relation] = edges
-        if relation[0] != relation[2]:
-            found[relation[2], f"{relation[1]}_of", relation[0]] = edges.transpose[0]
+        both = {relation: edges} | ({(relation[2], f"{relation[1]}_of", relation[0]): edges.transpose[0]} if relation[0] != relation[2] else {})
+        if taken_names := [r for r in both if r in found]:  # else held-out rows could stand where training rows belong
+            raise InputError("the graph has a relation of this name already", file=f"relations/{name}.parquet", found="__".join(taken_names[0]), expected="another name", mend="rename the file, or leave it out of relations")
+        found |= both
     features = dict(features or {})
     for node_type, x in features.items():
         if len(x) != n.get(node_type):
