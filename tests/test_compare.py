@@ -256,6 +256,13 @@ def test_baselines_are_taken_once(shop):
     assert "popularity" in str(e.value)
 
 
+def test_another_ranking_of_the_same_name_says_beside_which_run_it_stood(shop):
+    other = finished(shop / "other", "04_tiger", {"preset": "small", "seed": 9}, {"data_path": shop / "data"}, ranks=ranking(0.25, seed=4), baselines={"popularity": ranking(0.3, seed=5)})
+    entries = read_entries(f"{shop}/text,{shop}/both,third={other}", "popularity")
+    assert [e.label for e in entries] == ["text", "both", "third", "popularity", "popularity (beside third)"]
+    assert entries[-1].result.metrics != entries[-2].result.metrics
+
+
 def test_a_sum_with_a_leaky_model_is_leaky(shop):
     entries = read_entries(f"{shop}/leaky", "all")
     assert {e.label: e.result.leaky for e in entries} == {"leaky": "also_bought", "TIGER + SASRec": "also_bought", "popularity": ""}

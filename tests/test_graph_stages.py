@@ -216,7 +216,7 @@ def test_vectors_that_know_held_out_rows_mark_the_graph_stage_that_reads_them(st
     assert Provenance.read(run.folder).leaky == ["also_bought"]
     assert run.manifest["inputs"]["embedding_column 0"] == identity(other) and str(other) not in json.dumps(run.manifest["parameters"])
     table = pd.read_parquet(run.path("results.parquet")).set_index("model")["leaky"]
-    features = "item features alone" if stage == "01_hgt" else "features alone"
+    features = "features alone"
     assert table[features] == "also_bought" and table["popularity"] == table["item-kNN"] == "", "the features know them too, baselines of the log do not"
     Provenance({"elsewhere": "0" * 64}).write(put(tmp_path / "rows", item_emb__parquet=(other / "item_emb.parquet").read_bytes()))
     refused(lambda: run_stage(stage, **{**given, "embedding_column": f"{tmp_path / 'rows'}:embedding"}, output_dir=str(tmp_path / "no")), tmp_path, "elsewhere", LeakageError)

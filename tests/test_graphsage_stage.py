@@ -229,6 +229,11 @@ def test_a_relation_of_unknown_items_and_a_graph_without_edges(runs, tmp_path):
     assert not list(runs.rglob("*.*"))
 
 
+def test_a_relation_whose_name_ends_in_of_goes_both_ways():
+    inputs = Inputs(shop(), vectors(), {"item__part_of__series": pd.DataFrame({"source": [1, 2, 3], "target": [1, 1, 2]})})
+    assert set(learning_graph(inputs, settings(graph="item__part_of__series")).relations) == {("item", "part_of", "series"), ("series", "part_of_of", "item")}
+
+
 def test_vectors_of_another_dataset_are_not_mistaken_for_its_own():
     inputs = Inputs(shop(), vectors())
     graph = learning_graph(inputs, settings())

@@ -150,23 +150,25 @@ def read_run(label: str, folder: Path) -> Entry:
     return Entry(label, result, describe(run), dataset_of(run), setting_of(run), seeds_of(run),
                  tuple(dict.fromkeys(f"{r.stage}: {name}" for r in run.runs() for name in r.lost)), folder, run.stage)
 
-# %% ../../nbs/06_compare.ipynb #c65ac6f2
+# %% ../../nbs/06_compare.ipynb #138cb709
 def read_baselines(entries: list, wanted: str) -> list:
     "Entries of the baselines beside the runs: all, none, or names by commas. InputError for a name that no run has."
-    found = {}
+    found = {}  # {name: [(entry, path, ranks)]}, one for each ranking: the same name may stand for another model beside another run
     for entry in entries:
         for path in sorted(entry.folder.glob("per_user_*.parquet")):
-            found.setdefault(path.stem.removeprefix("per_user_"), (entry, path))
+            same, ranks = found.setdefault(path.stem.removeprefix("per_user_"), []), read_ranks(path)
+            if not any(ranks.equals(other) for _, _, other in same):
+                same.append((entry, path, ranks))
     names = list(found) if wanted == "all" else [] if wanted == "none" else [n.strip() for n in wanted.split(",") if n.strip()]
     if missing := [n for n in names if n not in found]:
         raise InputError("no run has such a baseline", column="baselines", found=first_few(missing), expected="all, none, or some of: " + ", ".join(found))
     taken, out = {e.label for e in entries}, []
-    for name, (entry, path) in ((n, found[n]) for n in names):
-        per_user = read_ranks(path)
+    for name, i, (entry, path, per_user) in ((n, i, f) for n in names for i, f in enumerate(found[n])):
         split = split_of(per_user, read_manifest(entry.folder)["metrics"], path, f"baseline/{name}/")
         told, mixed = told_of(entry.folder, name), name.startswith(OWN.get(entry.stage, "\0"))
         result = EvaluationResult(per_user, name, split, told.get("path", "exact"), leaky=told.get("leaky") or (entry.result.leaky if mixed else ""))
-        out.append(Entry(f"{name} (baseline)" if name in taken else name, result, {"retrieval": f"{name}, beside {entry.label}" if mixed else name}, entry.dataset, stage="baseline"))
+        label = f"{name} (beside {entry.label})" if i else f"{name} (baseline)" if name in taken else name
+        out.append(Entry(label, result, {"retrieval": f"{name}, beside {entry.label}" if mixed else name}, entry.dataset, stage="baseline"))
     return out
 
 # %% ../../nbs/06_compare.ipynb #b030850e

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['HEARD', 'CSV_COLUMNS', 'RULES', 'ALIASES', 'Inputs', 'read_inputs', 'item_inputs', 'user_inputs', 'words', 'numbers',
            'build_graph', 'input_paths', 'vectors_provenance', 'deciding', 'choose_objective', 'user_labels',
-           'check_settings', 'SeedResult', 'train_seeds', 'mean_and_spread', 'train_peer', 'heard_scores',
-           'evaluate_links', 'save_links', 'evaluate_nodes', 'features_alone', 'node_metrics', 'read_results',
-           'append_results', 'graph_facts', 'save_embeddings', 'link_checkpoints', 'picture_groups', 'several']
+           'check_settings', 'SeedResult', 'train_seeds', 'mean_and_spread', 'heard_scores', 'evaluate_links',
+           'seed_metrics', 'evaluate_nodes', 'features_alone', 'node_metrics', 'read_results', 'append_results',
+           'graph_facts', 'save_embeddings', 'link_checkpoints', 'picture_groups', 'several']
 
-# %% ../../nbs/01_hgt.ipynb #317289ee
-import os
+# %% ../../nbs/01_hgt.ipynb #9c0f8d4d
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,16 +20,14 @@ import torch
 
 from ..core.device import generator
 from ..core.errors import InputError, ParameterError
-from ..core.files import atomic_write, read_tensors, resolve, write_parquet, write_torch
+from ..core.files import atomic_write, link_file, read_tensors, resolve, write_parquet, write_torch
 from ..core.params import Rule, at_least, between, one_of
 from ..core.plots import frequent_groups
 from ..core.run import verify_file
 from ..core.training import SCHEDULERS, TrainSettings
-from ..evaluation.baselines import ItemKNN, Popularity
-from ..evaluation.ceiling import aligned_rows, ceiling_metrics, ceiling_share
+from ..evaluation.ceiling import add_ceiling
 from ..evaluation.classification import BINARY, binary_metrics
-from ..evaluation.ease import best_l2
-from ..evaluation.evaluator import evaluate_scores, result_table
+from ..evaluation.evaluator import evaluate_scores
 from ..evaluation.protocol import cases_from_dataset, check_no_leakage, check_provenance
 from ..formats.dataset import LEAVE_ONE_OUT, Dataset
 from ..formats.embeddings import column_names, column_places, load_embeddings, vector_matrix
@@ -39,8 +36,8 @@ from ..graph.hetero import BOUGHT, Csr, GraphSettings, HeteroGraph, graph_from_d
 from ..graph.hgt import HGTConfig
 from ..graph.hgt_training import LinkSettings, NodeSettings, embed, train_hgt, user_logits
 from ..graph.imbalance import SETTINGS, balance, read_labels
-from ..graph.lightgcn import LightGCNConfig, train_lightgcn
-from ..graph.link_prediction import VectorScores, best_half_life, fit_logistic
+from ..graph.link_prediction import VectorScores, fit_logistic
+from ..graph.rankings import rank_beside
 from ..graph.sage import standardised
 from ..sources.world import make_world
 
@@ -217,17 +214,7 @@ def mean_and_spread(rows) -> dict:  # rows: dicts with the same numbers
     spread = {f"{k}/sd": float(v) for k, v in frame.std(ddof=1).items()} if len(frame) > 1 else {}
     return {k: float(v) for k, v in frame.mean().items()} | spread
 
-# %% ../../nbs/01_hgt.ipynb #054f9daa
-def train_peer(dataset: Dataset, p, folder: Path, fingerprint: dict):
-    "LightGCN on the training rows, chosen by the same validation users. Returns its Trainer with the best weights loaded."
-    settings = TrainSettings(epochs=p.lightgcn_epochs, batch_size=2048, learning_rate=5e-3, scheduler="constant", eval_every=max(1, p.lightgcn_epochs // 10),
-                             best_metric="valid/item/filtered/ndcg@10", seed=numbers(p.seed, "seed")[0], device=p.device, resume=p.resume)
-    valid = cases_from_dataset(dataset, "valid").sample(p.valid_users)
-    trainer = train_lightgcn(LightGCNConfig(), settings, dataset.train_interactions(), dataset.n_users, dataset.n_items, valid, folder / "lightgcn", {**fingerprint, "baseline": "LightGCN"})
-    trainer.load_best()
-    return trainer
-
-
+# %% ../../nbs/01_hgt.ipynb #0b78b0e1
 HEARD = "HGT, validation heard"
 
 
@@ -241,51 +228,31 @@ def heard_scores(graph: HeteroGraph, dataset: Dataset, best: SeedResult, p):
     vectors = embed(best.trainer.module, later, fanouts=best.trainer.task.fanouts, method=p.sampling)
     return VectorScores(vectors["user"], vectors["item"]).scores
 
-# %% ../../nbs/01_hgt.ipynb #235a1beb
-def evaluate_links(graph: HeteroGraph, dataset: Dataset, seeds: list, best: SeedResult, cases, p, lightgcn=None, oracle=None) -> tuple:
-    "EvaluationResults by model name (the best seed's under HGT), and each seed's test metrics."
-    results, each = {}, []
+# %% ../../nbs/01_hgt.ipynb #f9a072ac
+def evaluate_links(graph: HeteroGraph, dataset: Dataset, seeds: list, best: SeedResult, vectors: dict, cases, p, lightgcn=None, oracle=None) -> tuple:
+    "EvaluationResults by model name (the best seed's, whose vectors are given, under HGT), and each seed's test metrics."
+    each = []
     for s in seeds:
-        vectors = embed(s.trainer.module, graph, fanouts=s.trainer.task.fanouts, method=p.sampling)
-        result = evaluate_scores(VectorScores(vectors["user"], vectors["item"]).scores, cases, "HGT")
-        result.leaky = graph.leaky
+        found = vectors if s is best else embed(s.trainer.module, graph, fanouts=s.trainer.task.fanouts, method=p.sampling)
+        result = evaluate_scores(VectorScores(found["user"], found["item"]).scores, cases, "HGT")
         each.append({"seed": s.seed, **result.metrics})
         if s is best:
-            results["HGT"] = result
-    train, valid = dataset.train_interactions(), cases_from_dataset(dataset, "valid").sample(2000)  # on whom half-lives are chosen
-    vectors = embed(best.trainer.module, graph, fanouts=best.trainer.task.fanouts, method=p.sampling)["item"]
-    by_history = {"HGT's items": torch.nn.functional.normalize(standardised(vectors))} | ({"item features alone": torch.nn.functional.normalize(graph.features["item"])} if "item" in graph.features else {})
-    by_history |= {"LightGCN's items": lightgcn.vectors()[1]} if lightgcn is not None else {}
-    read = vectors_provenance(p.embedding_column)
-    for name, x in by_history.items():
-        results[name] = evaluate_scores(best_half_life(x.detach().cpu(), valid).scores, cases, name)
-        results[name].leaky = graph.leaky if name == "HGT's items" else ", ".join(read.leaky) if name == "item features alone" else ""
-    counters = {name: model.fit(train, dataset.n_items) for name, model in (("popularity", Popularity()), ("item-kNN", ItemKNN()))}
-    if p.ease_l2:
-        counters["EASE"], _ = best_l2(train, dataset.n_items, valid, (p.ease_l2,), (0.0, 2.0))
-    for name, model in counters.items():
-        check_provenance(model.train_hash, dataset.train_hash, name)
-        results[name] = evaluate_scores(model.scores, cases, name)
+            results = {"HGT": result}
     results[HEARD] = evaluate_scores(heard_scores(graph, dataset, best, p), cases, HEARD)
-    results[HEARD].leaky = graph.leaky
-    if lightgcn is not None:
-        results["LightGCN"] = evaluate_scores(lightgcn.ranker().scores, cases, "LightGCN")
+    features = {"features alone": torch.nn.functional.normalize(graph.features["item"])} if "item" in graph.features else {}
+    results |= rank_beside(dataset, cases, {"HGT's items": torch.nn.functional.normalize(standardised(vectors["item"].cpu())), **features}, p.ease_l2, lightgcn)
+    for name in ("HGT", HEARD, "HGT's items"):
+        results[name].leaky = graph.leaky
+    if features:
+        results["features alone"].leaky = ", ".join(vectors_provenance(p.embedding_column).leaky)
     if oracle is not None:
-        known = torch.isin(cases.users, oracle["user_id"])
-        probability = oracle["probability"][aligned_rows(oracle["user_id"], cases.users[known])]
-        for result in results.values():
-            result.extra |= ceiling_metrics(probability, (5, 10), "test/ceiling")
-            result.extra["test/share_of_ceiling@10"] = ceiling_share(probability, result.lists[known], 10)
+        add_ceiling(results, cases, oracle)
     return results, each
 
 
-def save_links(folder: Path, results: dict, each: list) -> dict:
-    "Write per_user*.parquet and results.parquet. Returns the manifest's metrics."
-    for name, result in results.items():
-        write_parquet(folder / ("per_user.parquet" if name == "HGT" else f"per_user_{name}.parquet"), result.per_user)
-    write_parquet(folder / "results.parquet", pd.DataFrame(result_table(results)).reset_index())
-    spread = {f"seeds/{k}": v for k, v in mean_and_spread({k: v for k, v in row.items() if k != "seed"} for row in each).items() if "@10" in k}
-    return results["HGT"].metrics | spread | {f"baseline/{n}/{k}": v for n, r in results.items() if n != "HGT" for k, v in r.metrics.items()}
+def seed_metrics(each: list) -> dict:
+    "Mean and deviation of the figures at ten over seeds, for the manifest."
+    return {f"seeds/{k}": v for k, v in mean_and_spread({k: v for k, v in row.items() if k != "seed"} for row in each).items() if "@10" in k}
 
 # %% ../../nbs/01_hgt.ipynb #bf41e204
 CSV_COLUMNS = ("method", "seed", "ratio", *BINARY)
@@ -343,7 +310,7 @@ def append_results(path: Path, rows: list):
         f.write(text if text.endswith("\n") else text + "\n")
         f.writelines(line + "\n" for line in lines if line not in text.splitlines())
 
-# %% ../../nbs/01_hgt.ipynb #a035fd6f
+# %% ../../nbs/01_hgt.ipynb #9e2ce905
 def graph_facts(graph: HeteroGraph, objective: str) -> dict:
     "What the vectors were made from, for graph.json: provenance, nodes, edges."
     return {"objective": objective, "train_hash": graph.train_hash, "leaky": graph.leaky, "nodes": graph.n_nodes, "features": {t: x.shape[1] for t, x in graph.features.items()},
@@ -366,17 +333,12 @@ def save_embeddings(folder: Path, vectors: dict, dataset: Dataset) -> list:
 
 def link_checkpoints(folder: Path, seeds: list, best: SeedResult, name: str):
     "The original's names of the checkpoints, as hard links; with several seeds checkpoints/ and metrics.jsonl are the best one's."
-    def link(source: Path, target: Path):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        os.link(source, target)
-
     for s in seeds:
         made = s.folder / "checkpoints" / "best.pt"
-        link(made if made.exists() else made.with_name("last.pt"), folder / "tmp" / f"{name}_hgt_model_{s.seed}.pt")
+        link_file(made if made.exists() else made.with_name("last.pt"), folder / "tmp" / f"{name}_hgt_model_{s.seed}.pt")
     if best.folder != folder:
         for file in [*sorted((best.folder / "checkpoints").glob("*.pt")), best.folder / "metrics.jsonl"]:
-            link(file, folder / file.relative_to(best.folder))
+            link_file(file, folder / file.relative_to(best.folder))
 
 # %% ../../nbs/01_hgt.ipynb #8481ea72
 def picture_groups(dataset: Dataset, objective: str, most: int = 5):  # array of names, a node each; "" = not shown

@@ -8,7 +8,7 @@ __all__ = ['RULES', 'ALIASES', 'planted_ids', 'read_inputs', 'table_place', 'rea
            'train_counts', 'add_context', 'save_results', 'show_recommendations', 'ahead', 'finding', 'model_config',
            'train_settings']
 
-# %% ../../nbs/04_tiger.ipynb #747bd28f
+# %% ../../nbs/04_tiger.ipynb #9b04f832
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from ..core.run import verify_file
 from ..core.trackers import tracker_names
 from ..core.training import SCHEDULERS, TrainSettings, log_records
 from ..evaluation.baselines import ItemKNN, Popularity
-from ..evaluation.ceiling import aligned_rows, ceiling_metrics, ceiling_share
+from ..evaluation.ceiling import add_ceiling
 from ..evaluation.evaluator import evaluate_lists, evaluate_scores, per_user_table, result_table
 from ..evaluation.protocol import cases_from_dataset, check_no_leakage, check_provenance
 from ..evaluation.ranking import drop_seen
@@ -141,7 +141,7 @@ def train_dense(dataset: Dataset, p, folder: Path, fingerprint: dict, log=None):
     write_torch(folder / "sasrec.pt", model.state())
     return model, trainer
 
-# %% ../../nbs/04_tiger.ipynb #1884ecdc
+# %% ../../nbs/04_tiger.ipynb #8a62a07b
 def evaluate_tiger(model: Tiger, dataset: Dataset, ids: SemanticIDs, cases, path: str, beams: int):
     "EvaluationResult of the model on cases, and the ranked lists and times it came from."
     device = next(model.parameters()).device
@@ -186,11 +186,8 @@ def add_context(results: dict, dataset: Dataset, cases, oracle):
     "Coverage, concentration and novelty of every result; on the world also its share of the ceiling."
     for result in results.values():
         result.extra |= catalogue_metrics(result.lists, train_counts(dataset), 10, cases.split)
-        if oracle is not None:
-            known = torch.isin(cases.users, oracle["user_id"])
-            rows = aligned_rows(oracle["user_id"], cases.users[known])
-            result.extra |= ceiling_metrics(oracle["probability"][rows], (5, 10), f"{cases.split}/ceiling")
-            result.extra[f"{cases.split}/share_of_ceiling@10"] = ceiling_share(oracle["probability"][rows], result.lists[known], 10)
+    if oracle is not None:
+        add_ceiling(results, cases, oracle)
 
 # %% ../../nbs/04_tiger.ipynb #1169c828
 def save_results(folder: Path, results: dict, found: dict, cases, dataset: Dataset, recommender: Recommender) -> dict:

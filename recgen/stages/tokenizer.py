@@ -8,11 +8,9 @@ __all__ = ['RULES', 'read_vectors', 'read_catalogue', 'world_vectors', 'open_str
            'assign_stream', 'read_published', 'append_to_published', 'save_departed', 'measure', 'part_of',
            'evidence_of', 'judge', 'publish', 'plain', 'finding', 'table_name', 'foreign_tables', 'check_together']
 
-# %% ../../nbs/03_tokenizer.ipynb #a6e5b414
+# %% ../../nbs/03_tokenizer.ipynb #6bcbd0c9
 import glob
 import math
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import numpy as np
 import torch
 
 from ..core.errors import InputError, ParameterError
-from ..core.files import read_json, read_parquet, resolve, write_json, write_tensors, write_torch
+from ..core.files import link_file, read_json, read_parquet, resolve, write_json, write_tensors, write_torch
 from ..core.params import Rule, at_least, between, one_of
 from ..core.processes import launch
 from ..core.run import verify_file
@@ -133,7 +131,7 @@ def check_capacity(vectors: Embeddings, n_layers: int, k: int, dedup: str, name:
         raise InputError("more items than different tuples of codes", column=f"n_layers, {name}", found=f"{len(x)} items, {k}^{n_layers} tuples",
                          expected=f"items ≤ {name}^n_layers", mend=f"raise n_layers or {name}")
 
-# %% ../../nbs/03_tokenizer.ipynb #7c25b50a
+# %% ../../nbs/03_tokenizer.ipynb #d2a6d195
 def fit_kmeans_model(vectors: Embeddings, p, device, log, source=None) -> RQKMeans:
     "Residual k-means with the stage's parameters `p`, fitted to the vectors, or to a sample of a source."
     wanted = {"yes": True, "no": False}.get(p.standardize, len(vectors.sources) > 1)
@@ -170,12 +168,7 @@ def fit_rqvae_model(vectors: Embeddings, p, folder: Path, fingerprint: dict, log
 def link_checkpoints(folder: Path):
     "The original's names: checkpoint_epoch_N.pt is checkpoints/epoch_N.pt."
     for source in sorted((folder / "checkpoints").glob("epoch_*.pt")):
-        link = folder / f"checkpoint_{source.name}"
-        link.unlink(missing_ok=True)
-        try:
-            os.link(source, link)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(source, link)
+        link_file(source, folder / f"checkpoint_{source.name}")
 
 # %% ../../nbs/03_tokenizer.ipynb #3713721f
 def save_model(model, folder: Path):
