@@ -209,7 +209,7 @@ def on_device(task, part, device):
     "A batch as the task's loss takes it: `task.place(part)` where the task has that (to read what it must know of the numbers while they are on the CPU: asking a GPU would make it wait), else on the device."
     return task.place(part) if hasattr(task, "place") else part.to(device)
 
-# %% ../../nbs/core/11_training.ipynb #a6eb8558
+# %% ../../nbs/core/11_training.ipynb #6f04fe56
 class Trainer:
     "One training: `run()` trains from the last checkpoint (or the start) to the end. See `fit`."
 
@@ -226,13 +226,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.module, settings)
         self.model, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
         self.position, self.best = Position(), Best(settings.best_mode, settings.early_stop_min_delta)
-        self.resumed_from, self.seconds, self.trained = None, 0.0, 0
-        self.kept = None  # the best weights, where no folder keeps them
+        self.resumed_from, self.seconds, self.trained, self.kept = None, 0.0, 0, None  # kept: the best weights, where no folder has them
         torch.manual_seed(settings.seed + 1_000_003 * self.rank)
-
-    @property
-    def last_path(self):
-        return self.folder / "checkpoints" / "last.pt"
 
     def run(self):
         "Train to the end. Returns self."
@@ -367,12 +362,13 @@ class Trainer:
 
     def restore(self):
         "Go on from checkpoints/last.pt, if there is one and `resume` is set."
-        if not (self.settings.resume and self.last_path.exists()):
+        last = self.folder / "checkpoints" / "last.pt"
+        if not (self.settings.resume and last.exists()):
             if self.main:
                 write_records(self.folder / "metrics.jsonl", [])
             return
-        state = read_torch(self.last_path, mend="remove it to start afresh")
-        check_fingerprint(state["fingerprint"], self.fingerprint, self.last_path)
+        state = read_torch(last, mend="remove it to start afresh")
+        check_fingerprint(state["fingerprint"], self.fingerprint, last)
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler:
