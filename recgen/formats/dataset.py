@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIE_POLICIES', 'TRAIN', 'VALID', 'TEST', 'UNUSED', 'LEAVE_ONE_OUT', 'order_positions', 'check_ids', 'check_numbers',
-           'check_items', 'check_users', 'check_interactions', 'split_rows', 'check_info', 'Dataset', 'sequences_of',
-           'verify_dataset', 'write_dataset', 'dataset_table', 'statistics_table']
+           'check_items', 'check_users', 'check_interactions', 'refuse_short_users', 'split_rows', 'check_info',
+           'Dataset', 'sequences_of', 'verify_dataset', 'write_dataset', 'dataset_table', 'statistics_table']
 
 # %% ../../nbs/formats/00_dataset.ipynb #f737d172
 import hashlib
@@ -21,7 +21,7 @@ from ..core.hashing import sha256_file, stable_hash
 from ..core.ragged import Ragged
 from ..core.run import verify_file
 
-# %% ../../nbs/formats/00_dataset.ipynb #d151aeff
+# %% ../../nbs/formats/00_dataset.ipynb #5c820be1
 TIE_POLICIES = ("given", "hash")
 
 
@@ -34,12 +34,15 @@ def order_positions(
     "Position of each row inside its user, from 0, by timestamp and then by the tie policy."
     if tie_policy not in TIE_POLICIES:
         raise InputError("there is no such tie policy", column="tie_policy", found=tie_policy, expected=", ".join(TIE_POLICIES))
-    tie = np.arange(len(frame))
-    if tie_policy == "hash":
-        tie = np.array([stable_hash(f"{u}\t{i}") for u, i in zip(users, items, strict=True)], dtype=np.int64)
     time = frame["timestamp"].to_numpy() if "timestamp" in frame else np.zeros(len(frame), np.int64)
     user = frame["user_id"].to_numpy()
-    order = np.lexsort((tie, time, user))
+    order = np.lexsort((time, user))
+    if tie_policy == "hash" and len(frame):
+        same = (user[order][1:] == user[order][:-1]) & (time[order][1:] == time[order][:-1])
+        tied = order[np.append(False, same) | np.append(same, False)]  # only these need the hash
+        tie = np.zeros(len(frame), np.int64)
+        tie[tied] = [stable_hash(f"{u}\t{i}") for u, i in zip(np.asarray(users, dtype=object)[tied], np.asarray(items, dtype=object)[tied], strict=True)]
+        order = np.lexsort((tie, time, user))
     starts = np.flatnonzero(np.diff(user[order], prepend=np.nan))
     position = np.empty(len(frame), np.int32)
     position[order] = np.arange(len(frame)) - np.repeat(starts, np.diff(np.append(starts, len(frame))))
@@ -154,9 +157,16 @@ def check_interactions(
     frame["position"] = frame.groupby("user_id").cumcount().astype(np.int32)
     return frame
 
-# %% ../../nbs/formats/00_dataset.ipynb #ec74d002
+# %% ../../nbs/formats/00_dataset.ipynb #4c2b06e1
 TRAIN, VALID, TEST, UNUSED = 0, 1, 2, 3
 LEAVE_ONE_OUT = {"rule": "leave_one_out"}
+
+
+def refuse_short_users(short, file):
+    "InputError where there are users with fewer than three interactions, by their ids."
+    if len(short):
+        raise InputError("users have fewer than 3 interactions", file=file, column="user_id", rows=short, found=f"{len(short)} such users",
+                         expected="at least 3: one to train, one to validate, one to test", mend="drop them (min_user=3 or k_core=3 in 00_data), or split by time")
 
 
 def split_rows(
@@ -168,10 +178,7 @@ def split_rows(
     user = frame["user_id"].to_numpy()
     if split["rule"] == "leave_one_out":
         length = frame.groupby("user_id")["item_id"].transform("size").to_numpy()
-        if (length < 3).any():
-            short = np.unique(user[length < 3])
-            raise InputError("users have fewer than 3 interactions", file=file, column="user_id", rows=short, found=f"{len(short)} such users",
-                             expected="at least 3: one to train, one to validate, one to test", mend="drop them (k_core=3 in 00_data), or split by time")
+        refuse_short_users(np.unique(user[length < 3]), file)
         behind = length - 1 - frame["position"].to_numpy()
         return np.where(behind == 0, TEST, np.where(behind == 1, VALID, TRAIN)).astype(np.int8)
     if split["rule"] == "time":
