@@ -149,7 +149,7 @@ def release_all():
     for folder in list(_held):
         release(folder)
 
-# %% ../../nbs/core/06_run.ipynb #c62dbeb1
+# %% ../../nbs/core/06_run.ipynb #f1ab327a
 class Run:
     "A run folder: `path(name)`, `finished`, `log`, `finish(metrics)`. Use it in a notebook's cells, or as a context manager."
 
@@ -160,6 +160,7 @@ class Run:
         inputs: dict = None,  # {parameter name: path} of what is read
         dataset: str = "world",  # name for the folder's path and the log's name
         output_dir: str = "",  # where to write; "" means runs/<dataset>/<stage>/<hash8>
+        begin: bool = True,  # False: look only; the folder is taken, and cleared of another run, by `begin()`
     ):
         values = params.as_dict() if hasattr(params, "as_dict") else dict(params)
         self.stage, self.dataset, self.values = stage, dataset, values
@@ -176,14 +177,22 @@ class Run:
         self.folder = resolve(output_dir) if output_dir else runs_dir() / dataset / stage / self.hash[:8]
         self.started = time.time()
         self.environment = {}
-        self._open(overwrite=bool(values.get("overwrite", False)), resume=bool(values.get("resume", True)))
+        self.finished = False
+        if begin:
+            self.begin()
+        elif (self.folder / "manifest.json").exists():
+            found = read_json(self.folder / "manifest.json")
+            self.finished = found.get("hash") == self.hash and not damaged_outputs(self.folder, found)
 
-    def _open(self, overwrite, resume):
+    def begin(self):
+        "Take the folder, unless the run is finished: from here on it writes. RunError where another run is in the way."
+        if self.finished:
+            return
         make_writable(self.folder)
         acquire(self.folder)
         release_on_error(self.folder)
         try:
-            self.finished = self._decide(overwrite, resume)
+            self.finished = self._decide(bool(self.values.get("overwrite", False)), bool(self.values.get("resume", True)))
         except BaseException:
             release(self.folder)
             raise

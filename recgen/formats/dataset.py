@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TIE_POLICIES', 'TRAIN', 'VALID', 'TEST', 'UNUSED', 'LEAVE_ONE_OUT', 'order_positions', 'check_ids', 'check_numbers',
            'check_items', 'check_users', 'check_interactions', 'refuse_short_users', 'split_rows', 'check_info',
-           'Dataset', 'sequences_of', 'verify_dataset', 'write_dataset', 'dataset_table', 'statistics_table']
+           'Dataset', 'sequences_of', 'verify_dataset', 'write_info', 'write_dataset', 'dataset_table']
 
 # %% ../../nbs/formats/00_dataset.ipynb #f737d172
 import hashlib
@@ -291,13 +291,20 @@ def sequences_of(frame, n_users: int) -> Ragged:
     user, item = (torch.from_numpy(np.array(frame[c], dtype=np.int64)) for c in ("user_id", "item_id"))
     return Ragged.from_groups(user - 1, item, n_users)
 
-# %% ../../nbs/formats/00_dataset.ipynb #dc72409b
+# %% ../../nbs/formats/00_dataset.ipynb #2691dce2
 def verify_dataset(folder: Path, info: dict):
     "InputError names the files whose hash is not the one in dataset.json."
     for name, digest in info.get("sha256", {}).items():
         if (folder / name).is_file() and sha256_file(folder / name) != digest:
             raise InputError(f"{name} is not the file that dataset.json describes", file=folder / name, found="another sha256",
                              mend="run 00_data again, or remove the entry from dataset.json's sha256 if you changed the file on purpose")
+
+
+def write_info(folder, facts: dict, names: list) -> dict:  # dataset.json's content
+    "Write dataset.json, the last file of a dataset folder, with the hashes of the named files."
+    facts = {**facts, "sha256": {name: sha256_file(Path(folder) / name) for name in names}}
+    write_json(Path(folder) / "dataset.json", facts)
+    return facts
 
 
 def write_dataset(
@@ -313,40 +320,11 @@ def write_dataset(
         frames["users.parquet"] = dataset.users
     for name, frame in frames.items():
         write_parquet(folder / name, frame)
-    facts = {
-        **dataset.info,
-        **(info or {}),
-        "n_users": int(dataset._all["user_id"].nunique()),
-        "n_items": dataset.n_items,
-        "n_interactions": len(dataset._all),
-        "train_hash": dataset.train_hash,
-        "sha256": {name: sha256_file(folder / name) for name in frames},
-    }
-    write_json(folder / "dataset.json", facts)
-    return facts
+    sizes = {f"n_{name}": int((dataset._part == part).sum()) for name, part in (("train", TRAIN), ("valid", VALID), ("test", TEST))}
+    counts = {"n_users": int(dataset._all["user_id"].nunique()), "n_items": dataset.n_items, "n_interactions": len(dataset._all), **sizes, "train_hash": dataset.train_hash}
+    return write_info(folder, {**dataset.info, **(info or {}), **counts}, list(frames))
 
 
 def dataset_table(folder, name: str, columns=None) -> pd.DataFrame:
     "A table of a dataset folder by relative name, such as relations/item__also_bought__item.parquet, verified."
     return read_parquet(verify_file(Path(folder) / name), columns).to_pandas()
-
-# %% ../../nbs/formats/00_dataset.ipynb #1c14848f
-def statistics_table(dataset: Dataset) -> pd.DataFrame:
-    "Users, items, interactions, density, lengths, popularity: one row a figure."
-    rows = dataset.all_rows_with_held_out()
-    lengths = rows.groupby("user_id").size()
-    popularity = rows.groupby("item_id").size()
-    figures = {
-        "users": f"{len(lengths):,}",
-        "items": f"{dataset.n_items:,}",
-        "items never interacted with": f"{dataset.n_items - len(popularity):,}",
-        "interactions": f"{len(rows):,}",
-        "density": f"{len(rows) / len(lengths) / dataset.n_items:.4%}",
-        "interactions a user, mean": f"{lengths.mean():.2f}",
-        "interactions a user, median": f"{lengths.median():.0f}",
-        "interactions an item, mean": f"{len(rows) / dataset.n_items:.2f}",
-        "interactions an item, median": f"{popularity.median():.0f}",
-        "training rows": f"{(rows['split'] == TRAIN).sum():,}",
-        "test targets": f"{(rows['split'] == TEST).sum():,}",
-    }
-    return pd.DataFrame({"value": figures})

@@ -7,7 +7,7 @@ __all__ = ['Source', 'text_sql', 'ask', 'name_sql', 'open_spool', 'refusals', 'l
            'columns_of', 'drop_repeats', 'count', 'keep_core', 'Log', 'time_bounds', 'read_log', 'refuse_gaps',
            'write_interactions']
 
-# %% ../../nbs/sources/10_log.ipynb #61f605bc
+# %% ../../nbs/sources/10_log.ipynb #02a8642a
 import hashlib
 import tempfile
 from contextlib import contextmanager, suppress
@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 
 from ..core.errors import InputError, ParameterError
 from ..core.files import atomic_write
-from ..formats.dataset import TEST, TRAIN, VALID, order_positions, refuse_short_users, split_rows
+from ..formats.dataset import LEAVE_ONE_OUT, TEST, TRAIN, VALID, order_positions, refuse_short_users, split_rows
 
-# %% ../../nbs/sources/10_log.ipynb #92321d81
+# %% ../../nbs/sources/10_log.ipynb #54f39319
 @dataclass
 class Source:
     "What a reader of some format gives: where the rows are, in their order, and what else is known. Names of columns are SQL expressions over `table`."
@@ -41,8 +41,10 @@ class Source:
     catalogue: bool = True  # items that nobody took belong to the data
     items: object = None  # function of the log's item keys (Series) → DataFrame with `key` and columns of the item table
     users: object = None  # function of the user keys → DataFrame with `key`
-    relations: dict = field(default_factory=dict)  # {name: DataFrame of item keys: source, target, …}
+    relations: object = field(default_factory=dict)  # {name: DataFrame of keys: source, target, …}, or a function of the item keys that gives it
     vectors: object = None  # function of the item table's keys → DataFrame with `key` and columns of vectors
+    impressions: object = None  # function of (user ids by key, item ids by key: Series) → {part: DataFrame}
+    split: dict = None  # a split that comes with the data
     frames: dict = field(default_factory=dict)  # {name: DataFrame} that `table` may name
     k_core: int = 0  # what is usual for this kind of log
     first_line: int = 0  # the line of the first row, where rows are lines of text
@@ -63,7 +65,7 @@ def name_sql(name) -> str:
     "A column's name as SQL."
     return '"' + str(name).replace('"', '""') + '"'
 
-# %% ../../nbs/sources/10_log.ipynb #2fb84b86
+# %% ../../nbs/sources/10_log.ipynb #bcc946c1
 @contextmanager
 def open_spool(
     folder=None,  # where intermediate files go while the log is open; None: the system's temporary folder
@@ -112,12 +114,13 @@ def load_rows(connection, source: Source):
     if not n:
         raise InputError("the log has no rows", file=source.file, found="0 rows", expected="a row for each interaction")
     for role, lost in zip(roles, missing, strict=True):
-        if lost == n and role == "rating":
-            connection.execute("ALTER TABLE rows DROP COLUMN rating")
+        value = source.raw.get(role, (role, "NULL"))[1]
+        if lost == n and role == "rating" and not ask(connection, f"SELECT count(*) FROM {source.table} WHERE trim(CAST({value} AS VARCHAR)) <> ''")[0][0]:
+            connection.execute("ALTER TABLE rows DROP COLUMN rating")  # a column without a single value
         elif lost:
             refuse_values(connection, source, role, lost)
 
-
+# %% ../../nbs/sources/10_log.ipynb #7aabed1b
 def refuse_values(connection, source: Source, role: str, lost: int):
     "InputError about the rows whose user, item, timestamp or rating is missing or cannot be read, with the values as they stand."
     rows = [r for r, in ask(connection, f"SELECT row FROM rows WHERE {role} IS NULL ORDER BY row LIMIT 6")]
@@ -187,7 +190,7 @@ def keep_core(connection, k_user: int, k_item: int) -> bool:
         connection.execute(f"CREATE TABLE kept_{kind}s AS SELECT key, {kind}s.id AS old, CAST(row_number() OVER (ORDER BY {kind}s.id) AS INTEGER) AS id FROM {kind}s {there}")
     return filtered
 
-# %% ../../nbs/sources/10_log.ipynb #1d84db6d
+# %% ../../nbs/sources/10_log.ipynb #9af3600f
 @dataclass
 class Log:
     "A log that was read, checked and filtered, while its spool is open: `frames()`, `keys(kind)`, `n_rows`, `n_users`, `n_items`, `repeated`, `split`."
@@ -231,7 +234,7 @@ class Log:
         frame["position"] = order_positions(frame, self.tie_policy, *names)
         return frame.sort_values(["user_id", "position"], ignore_index=True)
 
-
+# %% ../../nbs/sources/10_log.ipynb #73965fa6
 def time_bounds(connection, source: Source, valid_from: str, test_from: str) -> dict:
     "The time split: from dates or seconds, or such that the last tenth of all rows is test and the tenth before it validation."
     if not source.timestamp:
@@ -248,7 +251,7 @@ def time_bounds(connection, source: Source, valid_from: str, test_from: str) -> 
         raise ParameterError("the split in time leaves a part empty", column="valid_from, test_from", found=f"{bounds[0]}, {bounds[1]}", expected=f"two ascending times after {low} and up to {high}")
     return {"rule": "time", "valid_from": bounds[0], "test_from": bounds[1]}
 
-# %% ../../nbs/sources/10_log.ipynb #b1ea8ad2
+# %% ../../nbs/sources/10_log.ipynb #082eb1a4
 @contextmanager
 def read_log(
     source: Source,
@@ -277,8 +280,8 @@ def read_log(
                 raise InputError(f"no user and no item is left in the {max(k_core, min_user)}-core", file=source.file, column="k_core", found=f"{n:,} interactions before", mend="-p k_core 0, or a smaller one")
             if source.numbered and not filtered:
                 refuse_gaps(connection, source)
-            rule = time_bounds(connection, source, valid_from, test_from) if split == "time" else {"rule": "leave_one_out"}
-            if split != "time":
+            rule = source.split or (time_bounds(connection, source, valid_from, test_from) if split == "time" else LEAVE_ONE_OUT)
+            if rule["rule"] == "leave_one_out":
                 short = ask(connection, "SELECT key FROM kept_users SEMI JOIN (SELECT user_id FROM log GROUP BY user_id HAVING count(*) < 3) s ON kept_users.old = s.user_id ORDER BY id")
                 refuse_short_users([key for key, in short], source.file)
             yield Log(connection, source, tie_policy, rule, repeated, left, filtered)
