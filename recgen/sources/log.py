@@ -65,7 +65,7 @@ def name_sql(name) -> str:
     "A column's name as SQL."
     return '"' + str(name).replace('"', '""') + '"'
 
-# %% ../../nbs/sources/10_log.ipynb #bcc946c1
+# %% ../../nbs/sources/10_log.ipynb #e182dca0
 @contextmanager
 def open_spool(
     folder=None,  # where intermediate files go while the log is open; None: the system's temporary folder
@@ -77,6 +77,7 @@ def open_spool(
     with tempfile.TemporaryDirectory(prefix="recgen-log-", dir=folder) as spool:
         limits = {"memory_limit": f"{memory_mb}MiB", "temp_directory": f"{spool}/sort", "autoinstall_known_extensions": "false"}
         with duckdb.connect(f"{spool}/log.duckdb", config=limits) as connection:
+            connection.execute("SET TimeZone = 'UTC'")  # not the machine's
             with suppress(duckdb.InvalidInputException):  # in Jupyter without ipywidgets there is no bar, and no way to say so
                 connection.execute("SET enable_progress_bar = false")
             yield connection
@@ -251,14 +252,14 @@ def time_bounds(connection, source: Source, valid_from: str, test_from: str) -> 
         raise ParameterError("the split in time leaves a part empty", column="valid_from, test_from", found=f"{bounds[0]}, {bounds[1]}", expected=f"two ascending times after {low} and up to {high}")
     return {"rule": "time", "valid_from": bounds[0], "test_from": bounds[1]}
 
-# %% ../../nbs/sources/10_log.ipynb #082eb1a4
+# %% ../../nbs/sources/10_log.ipynb #96d77497
 @contextmanager
 def read_log(
     source: Source,
     k_core: int = 0,  # least interactions of a user and an item
     min_user: int = 0,  # least interactions of a user, where that is more
     tie_policy: str = "given",
-    split: str = "leave_one_out",  # or time
+    split: str = "",  # leave_one_out, time; "": as the source has it, else leave_one_out
     valid_from: str = "",  # time: seconds or a date; "": by share
     test_from: str = "",
     spool_dir=None,
@@ -280,7 +281,7 @@ def read_log(
                 raise InputError(f"no user and no item is left in the {max(k_core, min_user)}-core", file=source.file, column="k_core", found=f"{n:,} interactions before", mend="-p k_core 0, or a smaller one")
             if source.numbered and not filtered:
                 refuse_gaps(connection, source)
-            rule = source.split or (time_bounds(connection, source, valid_from, test_from) if split == "time" else LEAVE_ONE_OUT)
+            rule = time_bounds(connection, source, valid_from, test_from) if split == "time" else source.split if source.split and not split else LEAVE_ONE_OUT
             if rule["rule"] == "leave_one_out":
                 short = ask(connection, "SELECT key FROM kept_users SEMI JOIN (SELECT user_id FROM log GROUP BY user_id HAVING count(*) < 3) s ON kept_users.old = s.user_id ORDER BY id")
                 refuse_short_users([key for key, in short], source.file)

@@ -90,7 +90,7 @@ def table_sql(
     options = {"columns": columns, "header": str(header).lower(), "delim": text_sql(delimiter), "quote": text_sql(quote), "escape": text_sql(quote), "encoding": text_sql(encoding)}
     return f"read_csv({listed}, auto_detect = false, " + ", ".join(f"{k} = {v}" for k, v in options.items()) + ")"
 
-# %% ../../nbs/sources/11_tables.ipynb #03d6db48
+# %% ../../nbs/sources/11_tables.ipynb #fd4c4853
 ROLES = {
     "user": ("user_id", "userid", "user", "uid", "customer_id", "customer", "reviewerid", "visitorid", "session_id"),
     "item": ("item_id", "itemid", "item", "iid", "product_id", "productid", "parent_asin", "asin", "sku", "movieid", "movie_id", "video_id", "article_id"),
@@ -108,10 +108,10 @@ def column_map(
 ) -> dict:  # {role: column}
     "Which column has which role. ParameterError for a map that cannot be read, InputError for a column that is not there or could be two."
     there, given = list(there), {}
-    for part in re.split(r"[,\s]+(?=\w+=)", text.strip()):
-        role, equals, column = part.partition("=")
-        if part and (not equals or role not in roles or role in given):
-            raise ParameterError("the column map cannot be read", column="columns", found=repr(part), expected=f"role=column with blanks between, each of {', '.join(roles)} once at most")
+    for part in re.split(r"[,\s]+(?=\w+[=:])", text.strip()):
+        role, between, column = re.match(r"(\w*)([=:]?)(.*)", part, re.DOTALL).groups()
+        if part and (not between or role not in roles or role in given):
+            raise ParameterError("the column map cannot be read", column="columns", found=repr(part), expected=f"role=column (or role:column) with blanks between, each of {', '.join(roles)} once at most")
         if part:
             given[role] = column.strip()
     absent = [c for c in given.values() if c and c not in there]
@@ -131,7 +131,7 @@ def column_map(
                          mend=f'-p columns "{" ".join(f"{role}=COLUMN" for role in lacking)}"')
     return {role: column for role, column in given.items() if column}
 
-# %% ../../nbs/sources/11_tables.ipynb #df578be8
+# %% ../../nbs/sources/11_tables.ipynb #2b0e57b9
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 NUMBERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "FLOAT", "DOUBLE", "DECIMAL")
 
@@ -165,12 +165,14 @@ def time_sql(
 ) -> str:
     "A column of times as whole seconds since 1970, NULL where they cannot be read."
     name = name_sql(column)
+    if kind == "TIMESTAMPTZ_NS":
+        return f"CAST(floor(epoch_ns({name}) / 1e9) AS BIGINT)"
     if kind.startswith(("TIMESTAMP", "DATE")):
-        return f"CAST(floor(epoch(CAST({name} AS TIMESTAMP))) AS BIGINT)"
+        return f"CAST(floor(epoch({name})) AS BIGINT)"
     unit = time_unit(connection, table, column) if unit == "auto" else unit
     number = f"TRY_CAST({name} AS DOUBLE)"
     seconds = f"CASE WHEN isfinite({number}) AND abs({number}) < {UNITS[unit]}e11 THEN CAST(floor({number} / {UNITS[unit]}) AS BIGINT) END"
-    return f"coalesce({seconds}, CAST(floor(epoch(TRY_CAST({name} AS TIMESTAMP))) AS BIGINT))" if kind == "VARCHAR" else seconds
+    return f"coalesce({seconds}, CAST(floor(epoch(TRY_CAST({name} AS TIMESTAMPTZ))) AS BIGINT))" if kind == "VARCHAR" else seconds
 
 # %% ../../nbs/sources/11_tables.ipynb #681e088e
 ITEM_ROLES = {
