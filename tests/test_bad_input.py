@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from log_datasets import dataset_of
 from stage_runs import run_stage
 
 from recgen.core.device import resolve_device
@@ -488,24 +489,24 @@ HEAD = b"user_id:token\titem_id:token\ttimestamp:float\n"
 
 @pytest.mark.parametrize("content, problem, parts", [
     case("empty", b"", "the file is empty", {}),
-    case("header alone", HEAD, "the file has no rows", {}),
+    case("header alone", HEAD, "the log has no rows", {}),
     case("no types", b"user_id\titem_id\na\tx\n", "a column has no type", dict(column="user_id", expected="name:token")),
     case("no header", b"a\tx\t1\n", "a column has no type", dict(column="a")),
     case("no items", b"user_id:token\na\n", "a column is missing", dict(column="item_id", found="user_id")),
     case("a column twice", b"user_id:token\tuser_id:token\titem_id:token\na\tb\tx\n", "a column stands twice", dict(column="user_id:token")),
-    case("short line", HEAD + b"a\tx\t1\na\ty\n", "another number of columns", dict(rows="line 3", expected="3 columns")),
-    case("long line", HEAD + b"a\tx\t1\t9\n", "another number of columns", dict(rows="line 2", found="9")),
+    case("short line", HEAD + b"a\tx\t1\na\ty\n", "a line does not fit", dict(rows="line 3", expected="3 columns")),
+    case("long line", HEAD + b"a\tx\t1\t9\n", "a line does not fit", dict(rows="line 2", found="9")),
     case("commas", b"user_id:token,item_id:token\na,x\n", "a column has no type", {}),
-    case("no time", HEAD + b"a\tx\t\n", "timestamps are missing", dict(column="timestamp", rows="line 2")),
+    case("no time", HEAD + b"a\tx\t\n", "timestamps are missing", dict(column="timestamp", rows="line 2", found="nothing")),
     case("NaN", HEAD + b"a\tx\t1\na\ty\tnan\n", "timestamps are missing", dict(column="timestamp", rows="line 3")),
     case("infinite", HEAD + b"a\tx\tinf\n", "timestamps are missing", dict(column="timestamp", rows="line 2")),
-    case("a date", HEAD + b"a\tx\t2020-01-01\n", "a number cannot be read", dict(column="timestamp", rows="line 2", found="2020-01-01")),
-    case("no user", HEAD + b"\tx\t1\n", "ids are missing", dict(column="user_id", rows="line 2", found="1 empty")),
+    case("a date", HEAD + b"a\tx\t2020-13-01\n", "timestamps are missing", dict(column="timestamp", rows="line 2", found="2020-13-01")),
+    case("no user", HEAD + b"\tx\t1\n", "ids are missing", dict(column="user_id", rows="line 2", found="1 such row")),
     case("not UTF-8", HEAD + b"\xe9\tx\t1\n", "not tab-separated text", dict(found="byte", mend="UTF-8")),
 ])
 def test_recbole_logs(tmp_path, content, problem, parts):
     folder = put(tmp_path, toy__inter=content)
-    refused(lambda: recbole_source(folder), folder, problem, file="toy.inter", **parts)
+    refused(lambda: dataset_of(recbole_source(folder)), folder, problem, file="toy.inter", **parts)
 
 
 @pytest.mark.parametrize("name, content, problem, parts", [

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from log_datasets import dataset_of
 
 from recgen.core.errors import InputError
 from recgen.core.files import write_parquet
@@ -316,12 +317,12 @@ def test_sequence_files_round_trip(tmp_path_factory, log, end, bom):
     records = [json.dumps({"id": int(i), "asin": r, "title": t, "brand": "Unknown"}, ensure_ascii=False) for i, r, t in zip(items["item_id"], items["raw_id"], titles, strict=True)]
     (folder / "items.jsonl").write_bytes(end.join([*records, ""]).encode())
     (folder / "with.tsv").write_text("1\t2\n2\t3\n")
-    parts = sequence_source(folder)
-    made = Dataset(parts["interactions"], parts["items"])
+    source = sequence_source(folder)
+    made = dataset_of(source)
     rows = made.all_rows_with_held_out()
     assert {u: r["item_id"].tolist() for u, r in rows.groupby("user_id")} == lines
     assert made.items["title"].tolist() == titles and made.items["raw_id"].tolist() == items["raw_id"].tolist() and made.items["brand"].isna().all()
-    assert parts["relations"]["item__with__item"].to_dict("list") == {"source": [1, 2], "target": [2, 3]}
+    assert source.relations["item__with__item"].to_dict("list") == {"source": ["1", "2"], "target": ["2", "3"]}
 
 
 @few
@@ -333,19 +334,22 @@ def test_recbole_files_round_trip(tmp_path_factory, log):
     rows = [f"{names['user'](r.user_id)}\t{names['item'](r.item_id)}\t{r.timestamp}" for r in frame.itertuples()]
     (folder / "x.inter").write_text("\n".join(["user_id:token\titem_id:token\ttimestamp:float", *rows]) + "\n")
     (folder / "x.item").write_text("\n".join(["item_id:token\tmovie_title:token_seq\tclass:token_seq", *(f"i{i}\tTitle {i}\ta b" for i in items["item_id"])]))
-    parts = recbole_source(folder)
-    made = Dataset(parts["interactions"], parts["items"])
+    if (frame.drop_duplicates().groupby("user_id").size() < 3).any():  # what is there twice counts once
+        with pytest.raises(InputError, match="fewer than 3"):
+            dataset_of(recbole_source(folder))
+        return
+    made = dataset_of(recbole_source(folder))
+    rows = made.all_rows_with_held_out()
     raw = made.items.set_index("item_id")["raw_id"]
-    back = pd.DataFrame({"i": parts["interactions"]["item_id"].map(raw), "t": parts["interactions"]["timestamp"]})
-    assert back["i"].tolist() == [names["item"](i) for i in frame["item_id"]] and back["t"].tolist() == frame["timestamp"].tolist()
-    assert parts["interactions"]["user_id"].tolist() == (pd.factorize(frame["user_id"])[0] + 1).tolist()  # numbers by first appearance
+    who = made.users.set_index("user_id")["raw_id"]
+    back = sorted(zip(rows["user_id"].map(who), rows["item_id"].map(raw), rows["timestamp"], strict=True))
+    assert back == sorted({(names["user"](r.user_id), names["item"](r.item_id), r.timestamp) for r in frame.itertuples()})
+    assert who.tolist() == [names["user"](u) for u in frame["user_id"].unique()]  # numbers by first appearance
     assert made.items["title"].tolist() == [f"Title {r[1:]}" for r in made.items["raw_id"]] and made.items["categories"].iloc[0] == ["a", "b"]
 
 
 def test_sources_read_the_real_files(data):
-    beauty = sequence_source(data / "beauty")
-    made = Dataset(beauty["interactions"], beauty["items"])
+    made = dataset_of(sequence_source(data / "beauty"))
     assert (made.n_users, made.n_items, len(made.all_rows_with_held_out())) == (22363, 12101, 198502)
-    films = recbole_source(data / "ml100k")
-    made = Dataset(films["interactions"], films["items"], users=films["users"])
+    made = dataset_of(recbole_source(data / "ml100k"))
     assert (made.n_users, len(made.all_rows_with_held_out())) == (943, 100_000) and made.items["title"].str.len().gt(0).all()

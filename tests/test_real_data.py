@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from log_datasets import dataset_of
 
 from recgen.core.ragged import padding_share
 from recgen.core.training import TrainSettings
@@ -14,14 +15,14 @@ from recgen.formats.embeddings import load_embeddings
 from recgen.formats.semantic_ids import SemanticIDs
 from recgen.retrieval.sequences import PrefixSamples
 from recgen.sources.recbole import recbole_source
-from recgen.stages.data import build_dataset, read_source
+from recgen.sources.sequences import sequence_source
 from recgen.tokens.rqkmeans import column_scale, standardized
 from recgen.tokens.rqvae import RqVaeConfig, train_rqvae
 
 @pytest.fixture(scope="module")
 def beauty(request):
     data = request.getfixturevalue("data")
-    return build_dataset(read_source("sequences", data / "beauty", 0, "given"), "beauty", "given")
+    return dataset_of(sequence_source(data / "beauty"), "beauty")
 
 
 def test_beauty_has_its_published_counts(beauty):
@@ -69,19 +70,18 @@ def test_published_code_tables_are_semantic_ids(name, data, beauty, tmp_path):
 
 @pytest.mark.parametrize("policy", ["given", "hash"])
 def test_movielens_has_its_published_counts(policy, data):
-    parts = read_source("recbole", data / "ml100k", 0, policy)
-    dataset = build_dataset(parts, "ml100k", policy)
+    dataset = dataset_of(recbole_source(data / "ml100k"), "ml100k", tie_policy=policy)
     assert (dataset.n_users, dataset.n_items, len(dataset.all_rows_with_held_out())) == (943, 1_682, 100_000)
     rows = dataset.all_rows_with_held_out()
     assert (rows.groupby("user_id")["timestamp"].diff().dropna() >= 0).all() and rows["user_id"].is_monotonic_increasing
     assert rows.groupby("user_id")["position"].apply(lambda p: (p.to_numpy() == np.arange(len(p))).all()).all()
-    assert parts["users"] is not None and len(parts["users"]) == 943
+    assert len(dataset.users) == 943 and dataset.users["age"].notna().all()
     assert dataset.items["title"].str.len().gt(0).all()
 
 
 def test_policy_hash_does_not_depend_on_the_files_order(data):
-    source = recbole_source(data / "ml100k")
-    frame, (users, items) = source["interactions"], source["raw"]
+    frame = pd.read_csv(data / "ml100k" / "ml-100k.inter", sep="\t", names=["user_id", "item_id", "rating", "timestamp"], header=0)
+    users, items = frame["user_id"], frame["item_id"]
     mixed = np.random.default_rng(0).permutation(len(frame))
     a = order_positions(frame, "hash", users, items)
     b = order_positions(frame.iloc[mixed], "hash", users.iloc[mixed], items.iloc[mixed])
@@ -92,8 +92,7 @@ def test_policy_hash_does_not_depend_on_the_files_order(data):
 
 
 def test_a_k_core_of_movielens(data):
-    parts = read_source("recbole", data / "ml100k", 20, "hash")
-    dataset = build_dataset(parts, "ml100k", "hash")
+    dataset = dataset_of(recbole_source(data / "ml100k"), "ml100k", k_core=20, tie_policy="hash")
     rows = dataset.all_rows_with_held_out()
     assert rows.groupby("user_id").size().min() >= 20 and rows.groupby("item_id").size().min() >= 20
     assert dataset.n_items < 1_682 and rows["item_id"].max() == dataset.n_items == rows["item_id"].nunique()

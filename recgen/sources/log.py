@@ -121,7 +121,7 @@ def load_rows(connection, source: Source):
         elif lost:
             refuse_values(connection, source, role, lost)
 
-# %% ../../nbs/sources/10_log.ipynb #7aabed1b
+# %% ../../nbs/sources/10_log.ipynb #d822b5d6
 def refuse_values(connection, source: Source, role: str, lost: int):
     "InputError about the rows whose user, item, timestamp or rating is missing or cannot be read, with the values as they stand."
     rows = [r for r, in ask(connection, f"SELECT row FROM rows WHERE {role} IS NULL ORDER BY row LIMIT 6")]
@@ -133,7 +133,7 @@ def refuse_values(connection, source: Source, role: str, lost: int):
             "timestamp": ("timestamps are missing or cannot be read", "seconds, milliseconds or a date such as 2014-07-23 11:05:00 in every row, or no such column"),
             "rating": ("ratings are missing or not finite numbers", "a number in every row, or in none")}[role]
     raise InputError(what[0], file=source.file, column=column, rows=[f"line {r + source.first_line}" if source.first_line else r for r in rows],
-                     found=f"{shown} ({lost:,} such rows)", expected=what[1], mend="drop these rows, correct them" + (", or leave the column out of -p columns" if role in ("timestamp", "rating") else ""))
+                     found=f"{shown} ({lost:,} such {'row' if lost == 1 else 'rows'})", expected=what[1], mend="drop these rows, correct them" + (", or leave the column out of -p columns" if role in ("timestamp", "rating") else ""))
 
 # %% ../../nbs/sources/10_log.ipynb #68cc0ab4
 def number_keys(connection, source: Source, catalogue=None):

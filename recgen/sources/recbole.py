@@ -16,7 +16,7 @@ from ..core.errors import InputError, first_few
 from .log import Source, name_sql, open_spool, refusals, text_sql
 from .tables import key_sql, number_sql, time_sql
 
-# %% ../../nbs/sources/17_recbole.ipynb #d78c3b8d
+# %% ../../nbs/sources/17_recbole.ipynb #811c04be
 TYPES = ("token", "token_seq", "float", "float_seq")
 
 
@@ -26,7 +26,7 @@ def check_headers(headers, path):
     if twice:
         raise InputError("a column stands twice", file=path, column=", ".join(twice), found=first_few(headers, 12), expected="each name once")
     for header in headers:
-        if header.rpartition(":")[2] not in TYPES or ":" not in header:
+        if header.partition(":")[2] not in TYPES:
             raise InputError("a column has no type", file=path, column=header, found=header, expected="name:token, name:token_seq, name:float or name:float_seq")
 
 
@@ -52,7 +52,7 @@ def read_atomic(
     check_headers(list(frame.columns), path)
     columns = {}
     for i, header in enumerate(frame.columns):
-        name, kind = header.rsplit(":", 1)
+        name, kind = header.split(":")
         columns[name] = typed_column(frame.iloc[:, i], kind, name, path)
     if not len(frame):
         raise InputError("the file has no rows", file=path, found="a header", expected="rows below it")
@@ -72,7 +72,7 @@ def typed_column(values, kind: str, name: str, path):
                          expected="a number", mend="correct the line, or declare the column a token")
     return numbers.astype(np.float64) if kind == "float" else numbers.groupby(level=0).agg(list)
 
-# %% ../../nbs/sources/17_recbole.ipynb #27f531fb
+# %% ../../nbs/sources/17_recbole.ipynb #82079b23
 def inter_columns(path) -> dict:  # {name: type}
     "Names and types of an .inter file by its first line. InputError for what is no header."
     with open(path, encoding="utf-8-sig") as f:
@@ -84,7 +84,7 @@ def inter_columns(path) -> dict:  # {name: type}
         raise InputError("the file is empty", file=path, found="no line with text", expected="a name:type header and rows")
     headers = first.split("\t")
     check_headers(headers, path)
-    return dict(h.rsplit(":", 1) for h in headers)
+    return dict(h.split(":") for h in headers)
 
 
 def recbole_source(
