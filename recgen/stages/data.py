@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'FILES', 'NOT_DECIDING', 'RULES', 'recognise', 'published', 'choose_source', 'open_source', 'world_parts',
-           'save_world', 'run_identity', 'make_folder', 'with_vectors', 'plot_log']
+           'save_world', 'run_identity', 'make_folder', 'with_vectors', 'begin', 'plot_log']
 
 # %% ../../nbs/00_data.ipynb #339de7cb
 from pathlib import Path
@@ -143,37 +143,37 @@ def run_identity(p, kind: str, path, encoder=None) -> tuple:  # (values, inputs)
     inputs = {**({"data_path": path} if path else {}), **({"items_path": resolve(p.items_path)} if p.items_path else {}), **inputs}
     return {**{k: v for k, v in values.items() if k not in others}, "source": kind}, inputs
 
-# %% ../../nbs/00_data.ipynb #fdcc1791
+# %% ../../nbs/00_data.ipynb #bf4cc36f
 def make_folder(run, source, p, encoder) -> dict:
-    "Read and check everything, then write the dataset folder of a run. Returns dataset.json's content."
+    "Read, check and encode everything, then write the dataset folder of a run. Returns dataset.json's content."
     if source is None:
-        parts = world_parts(p.n_users, p.n_items, p.seed)
-        check_items(parts["items"], encoder, p.text_template)
-        run.begin()
-        parts = with_vectors(run, parts, encoder, p, 0)
+        parts = with_vectors(world_parts(p.n_users, p.n_items, p.seed), encoder, p, "world")
+        begin(run, encoder, parts, 0)
         return save_world(run.folder, parts, {"name": run.dataset, **({"text": parts["text"]} if encoder else {})})
     k_core = source.k_core if p.k_core < 0 else p.k_core
     with read_log(source, k_core, p.min_user, p.tie_policy, p.split, p.valid_from, p.test_from, resolve(p.spool_dir) if p.spool_dir else None, p.memory_mb) as log:
-        parts = read_parts(log)
-        check_items(parts["items"], encoder, p.text_template, source.file)
-        run.begin()
-        parts = with_vectors(run, parts, encoder, p, log.repeated)
+        parts = with_vectors(read_parts(log), encoder, p, source.file)
+        begin(run, encoder, parts, log.repeated)
         return save_log(run.folder, log, parts, {"name": run.dataset, "k_core": k_core, "min_user": p.min_user, **({"text": parts["text"]} if encoder else {})})
 
 
-def with_vectors(run, parts: dict, encoder, p, repeated: int) -> dict:
-    "The parts with the encoder's vectors, if there is one, and what happened in the run's log."
-    log = run.start_log(run.values["source"])
+def with_vectors(parts: dict, encoder, p, file) -> dict:
+    "The parts with the encoder's vectors, if there is one."
+    check_items(parts["items"], encoder, p.text_template, file)
+    return add_vectors(parts, encoder, p.text_template, p.encoder_batch_size) if encoder else parts
+
+
+def begin(run, encoder, parts: dict, repeated: int):
+    "Take the run's folder, and log what was found."
+    run.begin()
+    log, facts = run.start_log(run.values["source"]), parts.get("text", {})
     if repeated:
         log.info("%d rows were there twice and count once", repeated)
-    if encoder is None:
-        return parts
-    parts = add_vectors(parts, encoder, p.text_template, p.encoder_batch_size)
-    facts = parts["text"]
-    for remark in getattr(encoder, "remarks", []):
-        log.info(remark)
-    log.info("%s gave %d items %d dimensions%s", encoder, len(parts["items"]), facts["dimensions"], f"; it read {facts['template']}, and {facts['items_without_text']} items have no text and are called by their raw_id" if "template" in facts else "")
-    return parts
+    if encoder:
+        read = f"; it read {facts['template']}, and {facts['items_without_text']} items have no text and are called by their raw_id" if "template" in facts else ""
+        log.info("%s gave %d items %d dimensions%s", encoder, len(parts["items"]), facts["dimensions"], read)
+        for remark in getattr(encoder, "remarks", []):
+            log.info(remark)
 
 # %% ../../nbs/00_data.ipynb #ab583dd3
 def plot_log(counts):
