@@ -15,7 +15,6 @@ from recgen.formats.dataset import Dataset
 from recgen.formats.embeddings import load_embeddings
 from recgen.stages import data as stage
 
-
 def sales(path, users=12, rows=5, start=1):
     frame = pd.DataFrame([(f"c{u}", f"B{(u * k) % 7}", f"2024-05-{k:02d}") for u in range(start, users + start) for k in range(1, rows + 1)], columns=["customer", "sku", "date"])
     path.parent.mkdir(parents=True, exist_ok=True)
