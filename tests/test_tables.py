@@ -148,6 +148,15 @@ def test_files_that_are_not_what_their_name_says(tmp_path, name, data):
     assert name in str(e.value.parts["file"]) and e.value.parts.get("mend")
 
 
+def test_a_broken_line_of_json_is_named(tmp_path):
+    good = [json.dumps({"user": "a", "item": i}) for i in range(5000)]
+    for wrong in ('{"user": "a", "it', '{"user": "a" "item": 1}'):
+        (tmp_path / "log.jsonl").write_text("\n".join([*good[:4321], wrong, *good[4321:]]))
+        with pytest.raises(InputError, match="a line cannot be read") as e, read_log(table_source(tmp_path / "log.jsonl")):
+            pass
+        assert e.value.parts["rows"] == "line 4322"
+
+
 def test_latin_1_and_a_log_without_a_header(tmp_path):
     (tmp_path / "log.csv").write_bytes("zoë,1\nzoë,2\nzoë,3\n".encode("latin-1"))
     source = table_source(tmp_path / "log.csv", "user=column0 item=column1", header=False, encoding="latin-1")

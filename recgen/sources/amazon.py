@@ -82,7 +82,7 @@ def amazon_file(path):  # AmazonFile, or None
     known = {n.lower() for n in AMAZON[year]["names"]} if year else set()
     return AmazonFile(path, category, year, holds, core or kind == "csv") if prefix or category.lower() in known else None
 
-# %% ../../nbs/sources/12_amazon.ipynb #dcbadf86
+# %% ../../nbs/sources/12_amazon.ipynb #a2cd3274
 LOGS = "reviews_<Category>_5.json.gz (2014), <Category>_5.json.gz (2018), <Category>.jsonl.gz or .csv.gz (2023)"  # for messages
 
 
@@ -105,7 +105,7 @@ def find_log(
         name = the_name(category, sorted({f.category for f in logs}), "category in this folder")
         logs = [f for f in logs if f.category == name]
     if not logs:
-        raise InputError("the folder holds no Amazon reviews", file=folder, found=first_few(sorted(p.name for p in folder.iterdir()), 8) or "nothing", expected=LOGS, mend="put them there as they are published, or name the file: -p reviews FILE")
+        raise InputError("the folder holds no Amazon reviews", file=folder, found=first_few(sorted(p.name for p in folder.iterdir()), 8) or "nothing", expected=LOGS, mend="put them there as they are published, or make_dataset(amazon_source(FOLDER, reviews=FILE), …) in Python")
     for what, values in (("category", [f.category for f in logs]), ("year", [f.year for f in logs])):
         if len(set(values)) > 1:
             raise InputError(f"several logs lie in this folder, and nothing says which {what}", file=folder, found=first_few([f.path.name for f in logs], 8), expected=f"one {what}",
@@ -122,11 +122,11 @@ def named_log(path: Path, category: str, year: int) -> AmazonFile:
         raise InputError("the file's name does not say which release it is of", file=path, expected=LOGS, mend="-p year 2014, 2018 or 2023")
     return AmazonFile(path, category or (found.category if found else ""), year or found.year, "reviews", True)
 
-# %% ../../nbs/sources/12_amazon.ipynb #6ca1b992
+# %% ../../nbs/sources/12_amazon.ipynb #5d9d21d8
 def only(files: list, what: str, folder):
     "The one file. InputError where there are more."
     if len(files) > 1:
-        raise InputError(f"several files hold the {what} of one category", file=folder, found=first_few([f.path.name for f in files], 8), expected="one", mend=f"take the others away, or -p {'metadata' if what == 'items' else what} {files[0].path.name}")
+        raise InputError(f"several files hold the {what} of one category", file=folder, found=first_few([f.path.name for f in files], 8), expected="one", mend="take the others away")
     return files[0]
 
 
@@ -296,7 +296,7 @@ def item_fields(row: dict) -> tuple:  # values of FIELDS
     return ("" if PAGE.search(title) else title, brand_name(row.get("brand") or row.get("store")), category_path(row), price_number(row.get("price")),
             plain_text(row.get("description")), plain_text(row.get("feature") or row.get("features")))
 
-# %% ../../nbs/sources/12_amazon.ipynb #20be4fd5
+# %% ../../nbs/sources/12_amazon.ipynb #7b915f9e
 class Metadata:
     "Items and relations of a metadata file, for the ids that are asked for. The file is read once for the same ids."
 
@@ -325,7 +325,7 @@ class Metadata:
                 dropped += bool(row.get("title")) and not found[here][0]
                 self.add_pairs(here, related(row), place)
         if not found:
-            raise InputError("the metadata know none of the log's items", file=self.path, column=self.key, found="no line about " + first_few(keys, 3), expected="the metadata of the same category and year", mend="-p metadata FILE")
+            raise InputError("the metadata know none of the log's items", file=self.path, column=self.key, found="no line about " + first_few(keys, 3), expected="the metadata of the same category and year", mend="put that file there, or name it: -p items_path FILE")
         nothing = ("", None, [], math.nan, "", "")
         frame = pd.DataFrame([found.get(i, nothing) for i in range(len(keys))], columns=list(FIELDS)).astype({"price": np.float32})
         frame.insert(0, "key", keys)

@@ -7,7 +7,7 @@ __all__ = ['MAGIC', 'PASSING', 'BLOCK', 'LOG_EVERY', 'LONGEST_WAIT', 'what_is_wr
            'Again', 'attempt', 'broken_off', 'check_answer', 'already_whole', 'retry_after', 'by_hand', 'Progress',
            'to_stderr', 'reason', 'seconds_to_wait', 'unfit', 'fetch', 'bring', 'given_up', 'finish']
 
-# %% ../../nbs/sources/03_download.ipynb #7e3b8e5c
+# %% ../../nbs/sources/03_download.ipynb #1c470547
 import errno
 import hashlib
 import os
@@ -26,7 +26,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from ..core.errors import InputError, ParameterError, RunError, first_few
-from ..core.files import sync_folder, read_json, resolve, write_json
+from ..core.files import read_json, resolve, sync_folder, write_json
 
 # %% ../../nbs/sources/03_download.ipynb #2b16e7ee
 MAGIC = {".gz": (b"\x1f\x8b",), ".zip": (b"PK\x03\x04", b"PK\x05\x06"), ".parquet": (b"PAR1",)}

@@ -201,13 +201,13 @@ def tag_lists(path, column, ids) -> list:
     ends = np.cumsum(np.bincount(item[flat > 0], minlength=len(column)))[:-1]
     return [t.tolist() for t in np.split(flat[flat > 0].astype(str).astype(object), ends)]
 
-# %% ../../nbs/sources/15_microlens.ipynb #eb5fac1d
+# %% ../../nbs/sources/15_microlens.ipynb #68e64342
 VECTOR_NAMES = {"item_emb_d128": "embedding", "txt_emb_BERT": "text", "img_emb_CLIPRN50": "image"}
 
 
 def mmctr_vectors(files: dict) -> pd.DataFrame:  # key, embedding and further columns of float32 vectors
     "All item vectors of the folder, joined by id. InputError for missing, ragged, NaN or infinite ones, and a row 0 that is not zero."
-    out = {}
+    out, first = {}, None
     for name in ITEM_FILES:
         schema = pq.read_schema(files[name]) if name in files else []
         for column in [f.name for f in schema if is_list(f.type) and pa.types.is_floating(f.type.value_type)]:
@@ -215,7 +215,7 @@ def mmctr_vectors(files: dict) -> pd.DataFrame:  # key, embedding and further co
                 continue
             ids, table, padding = item_ids(files[name], [column])
             check_padding(files[name], padding)
-            first = ids if not out else first
+            first = ids if first is None else first
             check_same_items(ids, first, files[name], f"{files[name].name} has vectors for other items than the files before it")
             out |= {"key": ids.astype(str).astype(object), VECTOR_NAMES.get(column, column): list(vector_matrix(table[column], column, files[name], ids))}
     if out and "embedding" not in out:

@@ -78,7 +78,7 @@ def published(name: str, year: int):  # (kind, folder)
         return "microlens", next(iter(obtain("microlens", name).values())).parent
     return "amazon", next(iter(obtain("amazon", name, year or None, holds=["ratings", "items"] if year == 2023 else None).values())).parent
 
-# %% ../../nbs/00_data.ipynb #2eeb7b66
+# %% ../../nbs/00_data.ipynb #dd523cc8
 def choose_source(
     source: str,  # world, a kind of log, the name of a published data set, or a path
     data_path: str,  # the log's folder or file
@@ -104,14 +104,17 @@ def choose_source(
 
 def open_source(kind: str, path: Path, p) -> Source:
     "The source of a kind, with the parameters that it understands. Its files are looked at, its rows are not read yet."
-    of_tables = {"columns": p.columns, "items_path": str(resolve(p.items_path)) if p.items_path else "", "item_columns": p.item_columns, "time_unit": p.time_unit, "delimiter": p.delimiter, "encoding": p.encoding, "header": p.header}
+    items = str(resolve(p.items_path)) if p.items_path else ""
+    of_tables = {"columns": p.columns, "items_path": "" if kind == "amazon" else items, "item_columns": p.item_columns, "time_unit": p.time_unit, "delimiter": p.delimiter, "encoding": p.encoding, "header": p.header}
     if kind == "tables":
         return table_source(path, **of_tables)
     usual = {"time_unit": "auto", "encoding": "utf-8", "header": True}
     for name, value in of_tables.items():
         if value != usual.get(name, ""):
             raise ParameterError(f"{name} is for the user's own tables", column=name, found=f"source {kind}", expected="source tables", mend=f"leave {name} out, or say -p source tables")
-    return SOURCES[kind](path)
+    if not path.is_dir():
+        raise ParameterError(f"a source of kind {kind} is a folder", column="data_path", found=path.name, expected="the folder that holds the files", mend="give the folder, or -p source tables for a table of your own")
+    return amazon_source(path, p.category, p.year, metadata=items) if kind == "amazon" else SOURCES[kind](path)
 
 # %% ../../nbs/00_data.ipynb #8a0d3c79
 def world_parts(n_users: int, n_items: int, seed: int) -> dict:
@@ -132,18 +135,18 @@ def save_world(folder: Path, parts: dict, info: dict) -> dict:
     facts = {"source": "world", "licence": "Apache-2.0", "k_core": 0, "leaky_relations": [], "repeated_rows": 0}
     return write_dataset(folder, dataset, tables | {"item_emb.parquet": parts["item_emb"]}, facts | info)
 
-# %% ../../nbs/00_data.ipynb #beeaf06d
+# %% ../../nbs/00_data.ipynb #f433a665
 NOT_DECIDING = ("spool_dir", "memory_mb", "data_path", "items_path")  # paths are known by the hashes of what is there
 
 
 def run_identity(p, kind: str, path, encoder=None) -> tuple:  # (values, inputs)
     "What makes a run the run that it is: parameters that it used, and the files that it reads. No absolute path is among the values."
     values, inputs = encoder_identity(encoder, {k: v for k, v in p.as_dict().items() if k not in NOT_DECIDING})
-    others = ("n_users", "n_items") if path else ("columns", "item_columns", "time_unit", "delimiter", "encoding", "header", "k_core", "min_user", "tie_policy", "split", "valid_from", "test_from", "year")
+    others = ("n_users", "n_items") if path else ("columns", "item_columns", "time_unit", "delimiter", "encoding", "header", "k_core", "min_user", "tie_policy", "split", "valid_from", "test_from", "year", "category")
     inputs = {**({"data_path": path} if path else {}), **({"items_path": resolve(p.items_path)} if p.items_path else {}), **inputs}
     return {**{k: v for k, v in values.items() if k not in others}, "source": kind}, inputs
 
-# %% ../../nbs/00_data.ipynb #bf4cc36f
+# %% ../../nbs/00_data.ipynb #59971944
 def make_folder(run, source, p, encoder) -> dict:
     "Read, check and encode everything, then write the dataset folder of a run. Returns dataset.json's content."
     if source is None:
@@ -169,6 +172,9 @@ def begin(run, encoder, parts: dict, repeated: int):
     log, facts = run.start_log(run.values["source"]), parts.get("text", {})
     if repeated:
         log.info("%d rows were there twice and count once", repeated)
+    untitled = int((parts["items"]["title"] == "").sum())
+    if untitled:
+        log.info("%d of %d items have no title", untitled, len(parts["items"]))
     if encoder:
         read = f"; it read {facts['template']}, and {facts['items_without_text']} items have no text and are called by their raw_id" if "template" in facts else ""
         log.info("%s gave %d items %d dimensions%s", encoder, len(parts["items"]), facts["dimensions"], read)
