@@ -25,7 +25,7 @@ from ..core.errors import InputError, ParameterError
 from ..core.files import atomic_write
 from ..formats.dataset import LEAVE_ONE_OUT, TEST, TRAIN, VALID, order_positions, refuse_short_users, split_rows
 
-# %% ../../nbs/sources/10_log.ipynb #54f39319
+# %% ../../nbs/sources/10_log.ipynb #edf38136
 @dataclass
 class Source:
     "What a reader of some format gives: where the rows are, in their order, and what else is known. Names of columns are SQL expressions over `table`."
@@ -44,7 +44,7 @@ class Source:
     users: object = None  # function of the user keys → DataFrame with `key`
     relations: object = field(default_factory=dict)  # {name: DataFrame of keys: source, target, …}, or a function of the item keys that gives it
     vectors: object = None  # function of the item table's keys → DataFrame with `key` and columns of vectors
-    impressions: object = None  # function of (user ids by key, item ids by key: Series) → {part: DataFrame}
+    impressions: object = None  # function of (user ids by key, item ids by key: Series) → {part: table}, with `number_users(ids)`: ids of all its users
     split: dict = None  # a split that comes with the data
     frames: dict = field(default_factory=dict)  # {name: DataFrame} that `table` may name
     k_core: int = 0  # what is usual for this kind of log
@@ -261,7 +261,7 @@ def time_bounds(connection, source: Source, valid_from: str, test_from: str) -> 
         raise ParameterError("the split in time leaves a part empty", column="valid_from, test_from", found=f"{bounds[0]}, {bounds[1]}", expected=f"two ascending times after {low} and up to {high}")
     return {"rule": "time", "valid_from": bounds[0], "test_from": bounds[1]}
 
-# %% ../../nbs/sources/10_log.ipynb #96d77497
+# %% ../../nbs/sources/10_log.ipynb #9d8db5ff
 @contextmanager
 def read_log(
     source: Source,
@@ -277,6 +277,8 @@ def read_log(
     "A log, read, checked, filtered and numbered: whatever is wrong with its rows is said here, before anything is written."
     if tie_policy == "hash" and not source.timestamp:
         raise ParameterError("this log has no timestamps, so there are no ties to break", column="tie_policy", found=tie_policy, expected="given")
+    if source.impressions and split and split != (source.split or LEAVE_ONE_OUT)["rule"]:
+        raise ParameterError("a click log is split as its parts are", column="split", found=split, expected=(source.split or LEAVE_ONE_OUT)["rule"], mend="leave split out: another would train on held-out clicks")
     with open_spool(spool_dir, memory_mb) as connection:
         load_rows(connection, source)
         with refusals(source):
