@@ -6,7 +6,7 @@
 __all__ = ['FACTORS', 'SIZES', 'MEASUREMENTS', 'RULES', 'PEERS', 'side_table', 'ratio_table', 'growth_table', 'number_log_axis',
            'plot_ratios', 'plot_time_error', 'plot_growth', 'save_tables']
 
-# %% ../../nbs/07_benchmarks.ipynb #533553b1
+# %% ../../nbs/07_benchmarks.ipynb #1ac395ec
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +17,21 @@ from ..core.params import Rule, at_least, one_of
 from ..graph import hgt_benchmarks, sage_benchmarks, walk_benchmarks
 from ..retrieval import benchmarks as tiger_benchmarks
 from ..retrieval.benchmarks import rate_table
+from ..sources import benchmarks as log_benchmarks
 from ..sources.sequences import read_sequences
 from ..tokens import benchmarks as token_benchmarks
 
-# %% ../../nbs/07_benchmarks.ipynb #9f299915
+# %% ../../nbs/07_benchmarks.ipynb #5ef16ef8
 FACTORS = (1, 4, 16, 64)
 SIZES = {size: {"gemm": gemm, **token_benchmarks.TOKEN_SIZES[size], **tiger_benchmarks.TIGER_SIZES[size], **hgt_benchmarks.HGT_SIZES[size], **walk_benchmarks.WALK_SIZES[size],
-                **sage_benchmarks.SAGE_SIZES[size]} for size, gemm in (("small", 512), ("full", 2048))}
+                **sage_benchmarks.SAGE_SIZES[size], **log_benchmarks.LOG_SIZES[size]} for size, gemm in (("small", 512), ("full", 2048))}
 MEASUREMENTS = {
     **token_benchmarks.measurements(FACTORS),
     **tiger_benchmarks.measurements(read_sequences, FACTORS),
     **hgt_benchmarks.measurements(read_sequences, FACTORS),
     **walk_benchmarks.MEASUREMENTS,
     **sage_benchmarks.MEASUREMENTS,
+    **log_benchmarks.MEASUREMENTS,
 }
 
 # %% ../../nbs/07_benchmarks.ipynb #bfea688b
@@ -149,11 +151,11 @@ def plot_growth(growth: pd.DataFrame):
     figure.tight_layout()
     return figure
 
-# %% ../../nbs/07_benchmarks.ipynb #c30d542f
+# %% ../../nbs/07_benchmarks.ipynb #818f9cef
 RULES = {"measurements": Rule("some of " + ", ".join(MEASUREMENTS), lambda v: bool(v) and set(v) <= set(MEASUREMENTS)),
          "allocators": Rule("glibc, tuned or both", lambda v: bool(v) and set(v) <= set(ALLOCATORS)), "size": one_of(*SIZES), "repeats": at_least(1), "threads": at_least(0),
          "seed": at_least(0), "log_level": one_of("DEBUG", "INFO", "WARNING", "ERROR")}
-PEERS = ("faiss-cpu", "scikit-learn", "vector-quantize-pytorch", "transformers", "torch-geometric", "numba", "pyg-lib")
+PEERS = ("faiss-cpu", "scikit-learn", "vector-quantize-pytorch", "transformers", "torch-geometric", "numba", "pyg-lib", "pandas", "duckdb")
 
 
 def save_tables(folder: Path, measured: dict, described: dict):
