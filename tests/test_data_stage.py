@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import stage_runs
+from http_server import Server
 
 from recgen.core.errors import InputError, ParameterError
 from recgen.formats.dataset import Dataset
@@ -156,3 +157,26 @@ def test_killed_at_any_time_a_log_is_read_again_and_ends_the_same(tmp_path):
     again = stage_runs.run("00_data", tmp_path / "cut", **params)
     one, two = (json.loads((f / "manifest.json").read_text())["outputs"] for f in (whole, again))
     assert one == two and not [p for p in again.rglob("*") if "partial" in p.name]
+
+
+def test_a_service_gives_the_vectors_and_is_asked_once(runs, shop, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECGEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SHOP_KEY", "sk-not-to-be-seen")
+    asked = []
+
+    def embeddings(data, request):
+        asked.extend(data["input"])
+        return {"data": [{"index": i, "embedding": [float(text.count(c)) + 1 for c in "aeio,0123"]} for i, text in enumerate(data["input"])], "usage": {"total_tokens": 7}}
+
+    with Server() as server:
+        server.post("/v1/embeddings", embeddings)
+        service = dict(encoder="openai", encoder_model="letters", encoder_address=server.url("/v1"), encoder_key="SHOP_KEY", encoder_dimensions=4)
+        first = stage_runs.run_stage("00_data", **shop, **service)["run"]
+        vectors = load_embeddings(first.folder).vectors
+        assert vectors.shape == (7, 4) and np.allclose(vectors.norm(dim=1), 1) and len(asked) == 7
+        assert server.requests[0].headers["authorization"] == "Bearer sk-not-to-be-seen"
+        second = stage_runs.run_stage("00_data", **shop, **service, k_core=2)["run"]
+        assert second.folder != first.folder and len(asked) == 7, "the answers are kept beside the other downloads"
+    for path in [p for p in tmp_path.rglob("*") if p.is_file()]:
+        assert b"sk-not-to-be-seen" not in path.read_bytes(), path
+    assert "letters" in json.dumps(first.manifest["parameters"])
