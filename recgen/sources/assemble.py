@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['item_table', 'id_of', 'user_table', 'relation_tables', 'vector_columns', 'add_vectors', 'default_encoder',
-           'read_parts', 'save_log', 'make_dataset']
+           'read_parts', 'save_log', 'make_dataset', 'world_parts', 'save_world']
 
-# %% ../../nbs/sources/18_assemble.ipynb #7b1f6e89
+# %% ../../nbs/sources/18_assemble.ipynb #df51adc6
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from ..core.errors import InputError
-from ..core.files import write_parquet
-from ..formats.dataset import check_info, check_items, write_info
+from ..core.files import write_json, write_parquet, write_tensors
+from ..formats.dataset import LEAVE_ONE_OUT, Dataset, check_info, check_items, write_dataset, write_info
+from .catalogue import WorldSettings
 from .encoders import check_items as check_vectors
 from .encoders import item_vectors, make_encoder
 from .log import Log, Source, read_log, write_interactions
 from .text import vector_table
+from .world import make_world
 
 # %% ../../nbs/sources/18_assemble.ipynb #988fa64d
 def item_table(log: Log) -> pd.DataFrame:
@@ -140,3 +143,22 @@ def make_dataset(
         check_vectors(parts["items"], model, template, source.file)
         parts = add_vectors(parts, model, template) if model else parts
         return save_log(folder, log, parts, {"name": name, "k_core": how["k_core"], **({"text": parts["text"]} if model else {})})
+
+# %% ../../nbs/sources/18_assemble.ipynb #7ee77fc4
+def world_parts(n_users: int, n_items: int, seed: int) -> dict:
+    "The planted world as the parts that a log gives, with its interactions, its oracle and its impressions."
+    world = make_world(WorldSettings(n_users=n_users, n_items=n_items, seed=seed))
+    return {"interactions": world.interactions, "items": world.items, "users": world.users, "relations": world.relations, "item_emb": world.item_emb,
+            "impressions": world.impressions, "oracle": world.oracle, "oracle_tables": world.oracle_tables}
+
+
+def save_world(folder: Path, parts: dict, info: dict) -> dict:
+    "Write the world's dataset folder. Returns dataset.json's content."
+    dataset = Dataset(parts["interactions"], parts["items"], {"name": info["name"], "tie_policy": "given", "split": LEAVE_ONE_OUT}, parts["users"])
+    tables = {f"relations/{name}.parquet": frame for name, frame in parts["relations"].items()}
+    tables |= {f"impressions/{name}.parquet": frame for name, frame in parts["impressions"].items()}
+    write_json(folder / "oracle.json", parts["oracle"])
+    for name, arrays in parts["oracle_tables"].items():
+        write_tensors(folder / "oracle" / f"{name}.safetensors", {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()})
+    facts = {"source": "world", "licence": "Apache-2.0", "k_core": 0, "leaky_relations": [], "repeated_rows": 0}
+    return write_dataset(folder, dataset, tables | {"item_emb.parquet": parts["item_emb"]}, facts | info)
