@@ -105,14 +105,15 @@ def test_a_time_split_is_part_of_the_data(runs, shop):
     short = dict(shop, data_path=str(sales(runs.parent / "short" / "log.csv", rows=2)), min_user=0)
     with pytest.raises(InputError, match="fewer than 3"):
         stage_runs.run_stage("00_data", **short)
-    folder = stage_runs.run_stage("00_data", **short, split="time", valid_from="2024-05-01 12:00", test_from="2024-05-02")["run"].folder
-    assert len(Dataset.load(folder).test_rows_held_out()) == 12
+    with pytest.raises(ParameterError, match="leaves a part empty") as e:
+        stage_runs.run_stage("00_data", **short, split="time", valid_from="2024-05-01 12:00", test_from="2024-05-02")
+    assert "no rows in valid" in e.value.parts["found"]
 
 
 @pytest.mark.parametrize("wrong, problem", [
     (dict(columns="user=buyer"), "a column is missing"), (dict(columns="customer"), "cannot be read"), (dict(items_path="nowhere.csv"), "no such file"), (dict(k_core=50), "50-core"), (dict(delimiter=";"), "a column is missing"),
     (dict(text_template="{colour}"), "columns that the items do not have"), (dict(encoder="vectors.npy"), "vectors.npy"), (dict(spool_dir="nowhere", k_core=2), "no such folder"), (dict(tie_policy="random"), "tie_policy"),
-    (dict(split="time", valid_from="soon"), "no time"), (dict(source="recbole"), "own tables"), (dict(year=2020), "year"), (dict(encoder_model="x"), "encoder_model"),
+    (dict(split="time", valid_from="soon"), "no time"), (dict(source="recbole"), "own tables"), (dict(year=2020), "year"), (dict(name="a/b"), "dataset's name"), (dict(valid_from="2024-05-04"), "split in time"), (dict(data_path="", columns="", items_path="", min_user=3), "means nothing"), (dict(encoder_model="x"), "encoder_model"),
 ], ids=str)
 def test_what_is_wrong_is_said_before_anything_is_touched(runs, shop, tmp_path, wrong, problem):
     before = snapshot(runs)
@@ -124,6 +125,15 @@ def test_what_is_wrong_is_said_before_anything_is_touched(runs, shop, tmp_path, 
     with pytest.raises((InputError, ParameterError), match=problem):
         stage_runs.run_stage("00_data", **shop | wrong, output_dir=str(tmp_path / "out"), overwrite=True)
     assert snapshot(tmp_path / "out") == before
+
+
+def test_a_run_does_not_write_where_it_reads(runs, shop, tmp_path):
+    before = snapshot(tmp_path / "shop")
+    with pytest.raises(ParameterError, match="folder that is read"):
+        stage_runs.run_stage("00_data", **shop, output_dir=str(tmp_path / "shop"), overwrite=True)
+    with pytest.raises(ParameterError, match="folder that is read"):
+        stage_runs.run_stage("00_data", **shop | {"data_path": str(tmp_path / "shop")}, output_dir=str(tmp_path / "shop" / "out"))
+    assert snapshot(tmp_path / "shop") == before
 
 
 def test_parameters_of_tables_are_refused_elsewhere(runs, tmp_path):

@@ -123,7 +123,13 @@ BAD = [
     ("customer,sku,when\nann,1,5\nann,2,\n", "timestamps are missing", {"rows": "line 3", "found": "nothing"}),
     ("customer,sku,when\nann,1,5\nann,2,later\n", "timestamps are missing", {"rows": "line 3", "found": "'later'"}),
     ("customer,sku,sku\nann,1,5\n", "stands twice", {"column": "sku"}),
-    ("customer,,when\nann,1,5\n", "no name", {}),
+    ("customer,,when\nann,1,5\n", "no column is known to be the item", {"found": "column1"}),
+    ("customer,sku,SKU,when\nann,1,1,5\n", "stands twice", {"column": "sku, SKU"}),
+    ("\n\n", "the file is empty", {}),
+    ('customer,sku,when\nann,"a\nb",5\n\nann,2,later\n', "timestamps are missing", {"rows": "line 5"}),
+    ("customer,sku,when\nann,1,1400000000\nann,2,1400000000000\n", "timestamps are missing", {"rows": "line 2", "found": "1400000000"}),
+    ("customer,sku,when\nann,1,20240501\nann,2,20240502\n", "years and days", {"column": "when"}),
+    ("customer,sku,when\nann,1,5\nnan,2,6\n", "ids are missing", {"rows": "line 3", "found": "nan"}),
     ("customer,sku,when\nann,1,5\nann,2,6\n", "fewer than 3", {"rows": "ann"}),
     ("a,b\n1,2\n", "a column is missing", {"column": "customer"}),
 ]
@@ -185,7 +191,7 @@ def test_items_of_a_table_join_by_id_and_not_by_row(tmp_path):
     assert items["title"].to_dict() == {"007": "Seven", "9": "Nine", "comb, large": "Comb", 'the "best"': "", "never": "Never"}
     assert items.loc["9", "categories"].tolist() == ["A", "B"] and items.loc["007", "brand"] == "Kent" and items.loc["9", "price"] == "1.5"
     assert made.users["raw_id"].tolist() == ["ann", "bo"] and facts["n_items"] == 5 and facts["name"] == "shop"
-    with pytest.raises(InputError, match="dataset already"):
+    with pytest.raises(InputError, match="not empty"):
         make_dataset(source, tmp_path / "out", name="shop")
     for text, problem in (("sku,name\n9,a\n9,b\n", "items appear twice"), ("sku,name\n,a\n", "ids are missing"), ("code,name\n1,a\n", "no column is known")):
         (tmp_path / "goods.csv").write_text(text)
@@ -203,3 +209,63 @@ def test_ratings(tmp_path):
     assert e.value.parts["rows"] == "line 2, line 4"
     with read_log(table_source(Path(tmp_path / "log.csv"), "rating=")) as log:
         assert "rating" not in next(log.frames())
+
+
+def test_a_folders_name_is_no_column(tmp_path):
+    place = tmp_path / "customer=7" / "when=5"
+    place.mkdir(parents=True)
+    (place / "log.csv").write_text(csv_text())
+    pd.DataFrame(ROWS, columns=["customer", "sku", "when"]).to_parquet(place / "log.parquet")
+    for name in ("log.csv", "log.parquet"):
+        assert items_of(table_source(place / name, "user=customer timestamp=when")) == EXPECTED
+
+
+def test_events_within_a_second_keep_their_order_and_are_not_one(tmp_path):
+    (tmp_path / "log.csv").write_text("user,item,time\n" + "".join(f"u,{i},14000000000{ms}\n" for i, ms in (("a", "90"), ("b", "10"), ("c", "50"), ("a", "95"))))
+    assert [i for _, i in items_of(table_source(tmp_path / "log.csv"))] == ["b", "c", "a", "a"]
+    with read_log(table_source(tmp_path / "log.csv")) as log:
+        assert log.repeated == 0 and "moment" not in next(log.frames())
+
+
+def test_filtering_users_leaves_the_catalogue(tmp_path):
+    (tmp_path / "log.csv").write_text(csv_text([*ROWS, ("cy", "seldom", 1_400_000_000)]))
+    (tmp_path / "goods.csv").write_text('sku,name\n007,Seven\nnever,Never\nseldom,Seldom\n')
+    source = table_source(tmp_path / "log.csv", "user=customer timestamp=when", tmp_path / "goods.csv")
+    for how, kept in (({"min_user": 3}, {"007", "9", "comb, large", 'the "best"', "never", "seldom"}), ({"k_core": 2}, {"007", "9", "comb, large", 'the "best"'})):
+        with read_log(source, **how) as log:
+            assert set(log.keys("item")["key"].to_pylist()) == kept and log.count("user") == 2
+
+
+def test_ids_of_json_are_not_touched(tmp_path):
+    rows = [{"user": "A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A1" + str(i % 2), "item": [1, "x0", 2][i % 3]} for i in range(12)]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with read_log(table_source(tmp_path / "log.jsonl")) as log:
+        assert log.keys("user")["key"].to_pylist() == [rows[0]["user"], rows[1]["user"]] and sorted(log.keys("item")["key"].to_pylist()) == ["1", "2", "x0"]
+
+
+def test_an_item_table_of_other_ids_is_refused(tmp_path):
+    (tmp_path / "log.csv").write_text(csv_text())
+    (tmp_path / "goods.csv").write_text("sku,name,key\nother,Thing,9\n")
+    with pytest.raises(InputError, match="none of the log's items") as e:
+        make_dataset(table_source(tmp_path / "log.csv", "user=customer timestamp=when", tmp_path / "goods.csv", "item=sku"), tmp_path / "out")
+    assert "other" in str(e.value) and "007" in str(e.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("column, values", [("user", [True, False, True]), ("item", [[1], [2], [3]]), ("time", [True, False, True])])
+def test_types_that_are_no_ids_or_times(tmp_path, column, values):
+    frame = pd.DataFrame({"user": ["a"] * 3, "item": ["x", "y", "z"], "time": [1, 2, 3]})
+    frame[column] = values
+    frame.to_parquet(tmp_path / "log.parquet")
+    with pytest.raises(InputError, match="these are no") as e:
+        table_source(tmp_path / "log.parquet")
+    assert e.value.parts["column"] == column
+
+
+def test_items_with_columns_of_several_kinds_are_refused_before_writing(tmp_path):
+    (tmp_path / "log.csv").write_text(csv_text())
+    (tmp_path / "goods.jsonl").write_text("\n".join(json.dumps({"sku": s, "name": s, "size": v}) for s, v in (("007", 5), ("9", "6"), ("comb, large", [1]))))
+    try:
+        made = make_dataset(table_source(tmp_path / "log.csv", "user=customer timestamp=when", tmp_path / "goods.jsonl"), tmp_path / "out")
+        assert made["n_items"] == 4
+    except InputError as e:
+        assert e.parts["column"] == "size" and not (tmp_path / "out").exists()

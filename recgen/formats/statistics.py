@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from ..core.files import read_json, read_parquet
 from .dataset import LEAVE_ONE_OUT, TEST, TRAIN, UNUSED, VALID, split_rows
 
-# %% ../../nbs/formats/05_statistics.ipynb #ce628748
+# %% ../../nbs/formats/05_statistics.ipynb #f19baa98
 @dataclass
 class LogCounts:
     "`lengths` (U,) interactions of each user, `popularity` (N,) of each item, `info` dataset.json."
@@ -63,7 +63,7 @@ def statistics_table(counts: LogCounts) -> pd.DataFrame:
         "interactions a user, mean": f"{counts.lengths.mean():.2f}",
         "interactions a user, median": f"{np.median(counts.lengths):.0f}",
         "interactions an item, mean": f"{n / len(counts.popularity):.2f}",
-        "interactions an item, median": f"{np.median(taken):.0f}",
+        "interactions of an item that was taken, median": f"{np.median(taken):.0f}",
         "training rows": f"{counts.info['n_train']:,}",
         "test targets": f"{counts.info['n_test']:,}",
     }

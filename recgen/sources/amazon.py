@@ -140,7 +140,7 @@ def find_metadata(folder, log: AmazonFile, metadata: str = ""):  # Path or None
     found = [f for f in map(amazon_file, sorted(folder.iterdir()) if folder.is_dir() else []) if f and f.holds == "items" and f.category.lower() == log.category.lower() and (f.year == 2023) == (log.year == 2023)]
     return only(found, "items", folder).path if found else None
 
-# %% ../../nbs/sources/12_amazon.ipynb #f6141e5a
+# %% ../../nbs/sources/12_amazon.ipynb #c31d3359
 def numbered_lines(
     path,  # packed (.gz) or plain
     longest: int = 64 << 20,  # bytes; a longer line is refused before it is held
@@ -176,7 +176,7 @@ def json_table(files: list, release: Release) -> str:
         raise InputError("a field is missing", file=path, column=", ".join(missing), rows=[f"line {n}"], found="fields " + first_few(fields, 12), expected="fields " + ", ".join((release.user, release.item, release.rating, release.timestamp)), mend="see that it is a file of reviews, and of that year (-p year)")
     columns = ", ".join(f"{text_sql(name)}: 'VARCHAR'" for name in (release.user, release.item, release.rating, release.timestamp))
     listed = ", ".join(text_sql(glob.escape(str(f))) for f in files)
-    return f"read_json([{listed}], format = 'newline_delimited', columns = {{{columns}}}, maximum_object_size = 67108864)"
+    return f"read_json([{listed}], format = 'newline_delimited', hive_partitioning = false, columns = {{{columns}}}, maximum_object_size = 67108864)"
 
 
 def log_table(path: Path, release: Release) -> tuple:  # (SQL, line of the first row)

@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['item_table', 'id_of', 'user_table', 'relation_tables', 'vector_columns', 'add_vectors', 'default_encoder',
-           'read_parts', 'save_log', 'make_dataset', 'world_parts', 'save_world']
+           'read_parts', 'check_columns', 'save_log', 'make_dataset', 'world_parts', 'save_world']
 
-# %% ../../nbs/sources/18_assemble.ipynb #df51adc6
+# %% ../../nbs/sources/18_assemble.ipynb #07c2e933
+import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 
-from ..core.errors import InputError
-from ..core.files import write_json, write_parquet, write_tensors
+from ..core.errors import InputError, first_few
+from ..core.files import TEMPORARY, write_json, write_parquet, write_tensors
 from ..formats.dataset import LEAVE_ONE_OUT, Dataset, check_info, check_items, write_dataset, write_info
 from .catalogue import WorldSettings
 from .encoders import check_items as check_vectors
@@ -23,7 +26,7 @@ from .log import Log, Source, read_log, write_interactions
 from .text import vector_table
 from .world import make_world
 
-# %% ../../nbs/sources/18_assemble.ipynb #988fa64d
+# %% ../../nbs/sources/18_assemble.ipynb #81699181
 def item_table(log: Log) -> pd.DataFrame:
     "The item table 1 … N. What the source does not know of an item is missing; where it knows nothing of any, the key is the title."
     source, keys = log.source, log.keys("item").to_pandas()
@@ -31,6 +34,9 @@ def item_table(log: Log) -> pd.DataFrame:
     known = source.items(keys["key"]) if source.items else None
     if known is None:
         return check_items(out.assign(title=out["raw_id"]), source.file)
+    if not known["key"].isin(log.taken_keys()).any():
+        raise InputError("the table of items knows none of the log's items", file=source.file, column="key", found=f"items of the log: {first_few(log.taken_keys())}; of the table: {first_few(known['key'])}", expected="the same ids in both",
+                         mend="name the column of the table that has the log's ids (-p item_columns \"item=COLUMN\")")
     rows = known.set_index("key").reindex(keys["key"]).reset_index(drop=True)
     if "raw_id" in rows:
         out["raw_id"] = rows.pop("raw_id").fillna(keys["key"])
@@ -53,6 +59,7 @@ def user_table(log: Log):
         ids = log.source.impressions.number_users(ids)
     out = pd.DataFrame({"user_id": ids.to_numpy(np.int64), "raw_id": ids.index.astype(str)})
     known = log.source.users(ids.index.to_series(index=range(len(ids)))) if log.source.users else None
+    known = None if known is None else known.rename(columns={c: f"{c}_" for c in ("user_id", "raw_id") if c in known})
     return out if known is None else pd.concat([out, known.set_index("key").reindex(ids.index).reset_index(drop=True)], axis=1)
 
 
@@ -96,15 +103,26 @@ def default_encoder(encoder: str, source) -> str:  # source: Source, or None for
         return ""
     return "svd" if not encoder and source is not None and source.items and not source.vectors else encoder
 
-# %% ../../nbs/sources/18_assemble.ipynb #ea1f6c05
+# %% ../../nbs/sources/18_assemble.ipynb #ea9ad7c5
 def read_parts(log: Log) -> dict:
     "Everything beside the interactions: items, users, relations, item_emb, impressions."
     items = id_of(log, "item")
     parts = {"items": item_table(log), "users": user_table(log), "relations": relation_tables(log, items), "item_emb": vector_columns(log, items)}
     parts["impressions"] = log.source.impressions(id_of(log, "user"), items) if log.source.impressions else {}
+    for name in ("items", "users"):
+        check_columns(parts[name], name, log.source.file)
     return parts
 
+# %% ../../nbs/sources/18_assemble.ipynb #b08b51ad
+def check_columns(frame, name: str, file):
+    "InputError for a column that a parquet file cannot hold, such as one of numbers and text."
+    for column in [] if frame is None else frame:
+        try:
+            pa.array(frame[column], from_pandas=True)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as e:
+            raise InputError(f"a column of the {name} holds values of several kinds", file=file, column=column, found=str(e)[:120], expected="numbers, text or lists of them alone", mend="write all of it as text") from e
 
+# %% ../../nbs/sources/18_assemble.ipynb #5dd21bcb
 def save_log(
     folder,  # where to
     log: Log,
@@ -134,15 +152,19 @@ def make_dataset(
     "A dataset folder from a source, without a run around it."
     folder, name = Path(folder), name or source.file.name.split(".")[0]
     check_info({"name": name})
-    if (folder / "dataset.json").exists():
-        raise InputError("there is a dataset already", file=folder, found="dataset.json", expected="an empty folder", mend="choose another folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError("the folder is not empty", file=folder, found=first_few(sorted(p.name for p in folder.iterdir())), expected="an empty folder, or one that is not there yet", mend="choose another folder")
     how = {"k_core": source.k_core} | how
     model = make_encoder(default_encoder(encoder, source))
     with read_log(source, **how) as log:
         parts = read_parts(log)
         check_vectors(parts["items"], model, template, source.file)
         parts = add_vectors(parts, model, template) if model else parts
-        return save_log(folder, log, parts, {"name": name, "k_core": how["k_core"], **({"text": parts["text"]} if model else {})})
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder.parent) as place:  # a killed process leaves no half of a dataset
+            facts = save_log(Path(place) / "new", log, parts, {"name": name, "k_core": how["k_core"], **({"text": parts["text"]} if model else {})})
+            os.replace(Path(place) / "new", folder)
+        return facts
 
 # %% ../../nbs/sources/18_assemble.ipynb #7ee77fc4
 def world_parts(n_users: int, n_items: int, seed: int) -> dict:

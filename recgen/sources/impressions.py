@@ -7,7 +7,8 @@ __all__ = ['CLICK_ROLES', 'WHOLE', 'OWN', 'ClickPart', 'open_part', 'part_faults
            'timed_clicks', 'known_sequences', 'catalogue_keys', 'item_columns', 'item_table', 'rekey', 'rekey_lists',
            'ClickLog', 'numbered_rows', 'check_items_known', 'click_source', 'impressions_source']
 
-# %% ../../nbs/sources/14_impressions.ipynb #642bfa15
+# %% ../../nbs/sources/14_impressions.ipynb #4e68806f
+import glob
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ..core.files import read_parquet
 from .log import Source, ask, columns_of, name_sql, open_spool, refusals, text_sql
 from .tables import ITEM_ROLES, ROLES, as_list, column_map, key_sql, time_sql, time_unit
 
-# %% ../../nbs/sources/14_impressions.ipynb #2085fefa
+# %% ../../nbs/sources/14_impressions.ipynb #6e5e11a3
 CLICK_ROLES = {
     "user": ROLES["user"],
     "item": ROLES["item"],
@@ -72,14 +73,14 @@ class ClickPart:
 
     def table(self) -> str:  # SQL
         "The file's rows, with the histories of their users where they come from another file."
-        rows = f"read_parquet({text_sql(self.file)}, file_row_number = true)"
+        rows = f"read_parquet({text_sql(glob.escape(str(self.file)))}, hive_partitioning = false, file_row_number = true)"
         user = name_sql(self.roles["user"])
-        return f"(FROM {rows} LEFT JOIN (SELECT {user}, item_seq FROM read_parquet({text_sql(self.histories)})) USING ({user}))" if self.histories else rows
+        return f"(FROM {rows} LEFT JOIN (SELECT {user}, item_seq FROM read_parquet({text_sql(glob.escape(str(self.histories)))}, hive_partitioning = false)) USING ({user}))" if self.histories else rows
 
     def time(self) -> str:  # SQL
         return time_sql(None, "", self.roles["timestamp"], self.types[self.roles["timestamp"]], self.unit)
 
-# %% ../../nbs/sources/14_impressions.ipynb #4d5ac0cb
+# %% ../../nbs/sources/14_impressions.ipynb #2b1e41df
 def open_part(
     connection,
     name: str,  # train, valid or test
@@ -90,11 +91,11 @@ def open_part(
     "A part whose columns and types can be used. InputError otherwise."
     if not read_parquet(file, [], mend="download or copy it again").num_rows:  # refuses a file that is not whole, and columns that stand twice
         raise InputError("the part has no rows", file=file, found="0 rows", expected="a row for each impression")
-    types = columns_of(connection, f"read_parquet({text_sql(file)})")
+    types = columns_of(connection, f"read_parquet({text_sql(glob.escape(str(file)))}, hive_partitioning = false)")
     roles = column_map(columns, CLICK_ROLES, types, ("user", "item", *(("label",) if name != "test" else ()), *(() if histories else ("history",))), file)
     part = ClickPart(name, Path(file), roles, types, labelled="label" in roles)
     if histories and "history" not in roles:
-        part.histories, part.roles, part.types = Path(histories), {**roles, "history": "item_seq"}, {**types, "item_seq": columns_of(connection, f"read_parquet({text_sql(histories)})")["item_seq"]}
+        part.histories, part.roles, part.types = Path(histories), {**roles, "history": "item_seq"}, {**types, "item_seq": columns_of(connection, f"read_parquet({text_sql(glob.escape(str(histories)))}, hive_partitioning = false)")["item_seq"]}
     kinds = {role: part.types[c] for role, c in part.roles.items()}
     family = lambda kind: "number" if kind in WHOLE else "text" if kind == "VARCHAR" else kind  # noqa: E731
     for role in ("user", "item"):
@@ -295,7 +296,7 @@ def check_items_known(connection, parts: dict, items: pd.DataFrame):
                                  mend="add them to the item table, or drop these rows")
     connection.unregister("known_items")
 
-# %% ../../nbs/sources/14_impressions.ipynb #4287be97
+# %% ../../nbs/sources/14_impressions.ipynb #c22b657b
 def click_source(
     folder: Path,
     files: dict,  # {train, valid and perhaps test: file}
@@ -309,7 +310,7 @@ def click_source(
         parts = {name: open_part(connection, name, Path(files[name]), columns, histories) for name in ("train", "valid", "test") if name in files}
         if "timestamp" in parts["train"].roles:
             t = parts["train"]
-            unit = time_unit(connection, f"read_parquet({text_sql(t.file)})", t.roles["timestamp"]) if not t.types[t.roles["timestamp"]].startswith(("TIMESTAMP", "DATE")) else "s"
+            unit = time_unit(connection, f"read_parquet({text_sql(glob.escape(str(t.file)))}, hive_partitioning = false)", t.roles["timestamp"]) if not t.types[t.roles["timestamp"]].startswith(("TIMESTAMP", "DATE")) else "s"
             for part in parts.values():
                 part.unit = unit
         for part in parts.values():
@@ -326,7 +327,7 @@ def click_source(
             check_items_known(connection, parts, items)
             table = items.merge(item_table(connection, parts, described).drop(columns="title"), on="key", how="left") if described else items
         users, = ask(connection, f"SELECT count(DISTINCT user) FROM {union_sql(list(parts.values()))}")[0]
-        rows = {name: ask(connection, f"SELECT count(*) FROM read_parquet({text_sql(p.file)})")[0][0] for name, p in parts.items()}
+        rows = {name: ask(connection, f"SELECT count(*) FROM read_parquet({text_sql(glob.escape(str(p.file)))}, hive_partitioning = false)")[0][0] for name, p in parts.items()}
     source.items = lambda keys: table
     text = [c for c in described if any(p.types.get(c) == "VARCHAR" for p in parts.values())]
     source.impressions, source.split = ClickLog(parts, text, {"rows": rows, "users": users, "items": len(table)}), split or None

@@ -56,7 +56,7 @@ def find_release(folder) -> tuple:  # (folder, Dialect)
     raise InputError("the folder holds no MovieLens ratings", file=folder, found=first_few(sorted(p.name for p in folder.iterdir()), 8) or "nothing",
                      expected=", ".join(d.ratings for d in DIALECTS.values()), mend="put the unpacked release there")
 
-# %% ../../nbs/sources/13_movielens.ipynb #27ff328e
+# %% ../../nbs/sources/13_movielens.ipynb #063cfb03
 def ratings_table(path: Path, dialect: Dialect) -> tuple:  # (SQL, line of the first row)
     "SQL for the ratings, columns userId, movieId, rating, timestamp. InputError for an empty file, or a header without these names."
     if not path.stat().st_size:
@@ -64,7 +64,7 @@ def ratings_table(path: Path, dialect: Dialect) -> tuple:  # (SQL, line of the f
     if not dialect.of_movies:
         return table_sql(path, delimiter=","), 2
     columns = "{" + ", ".join(f"'{name}': 'VARCHAR'" for name in RATINGS) + "}"
-    return f"read_csv([{text_sql(glob.escape(str(path)))}], auto_detect = false, header = false, delim = {text_sql(dialect.delimiter)}, quote = '', escape = '', columns = {columns})", 1
+    return f"read_csv([{text_sql(glob.escape(str(path)))}], auto_detect = false, hive_partitioning = false, header = false, delim = {text_sql(dialect.delimiter)}, quote = '', escape = '', columns = {columns})", 1
 
 # %% ../../nbs/sources/13_movielens.ipynb #7fc33bf8
 def read_plain(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TYPES', 'check_headers', 'read_atomic', 'typed_column', 'inter_columns', 'recbole_source', 'read_side', 'item_frame']
 
-# %% ../../nbs/sources/17_recbole.ipynb #97107ac3
+# %% ../../nbs/sources/17_recbole.ipynb #3da2dc37
 import glob
 from pathlib import Path
 
@@ -14,17 +14,18 @@ import pandas as pd
 
 from ..core.errors import InputError, first_few
 from .log import Source, name_sql, open_spool, refusals, text_sql
-from .tables import key_sql, number_sql, time_sql
+from .tables import key_sql, moment_sql, number_sql, time_sql
 
-# %% ../../nbs/sources/17_recbole.ipynb #811c04be
+# %% ../../nbs/sources/17_recbole.ipynb #95f7376f
 TYPES = ("token", "token_seq", "float", "float_seq")
 
 
 def check_headers(headers, path):
     "InputError unless each header is a name and a type, and stands once."
-    twice = sorted({h for h in headers if headers.count(h) > 1})
+    small = [h.partition(":")[0].lower() for h in headers]
+    twice = sorted({h for h, low in zip(headers, small, strict=True) if small.count(low) > 1})
     if twice:
-        raise InputError("a column stands twice", file=path, column=", ".join(twice), found=first_few(headers, 12), expected="each name once")
+        raise InputError("a column stands twice", file=path, column=", ".join(twice), found=first_few(headers, 12), expected="each name once, whatever its case", mend="rename one of them")
     for header in headers:
         if header.partition(":")[2] not in TYPES:
             raise InputError("a column has no type", file=path, column=header, found=header, expected="name:token, name:token_seq, name:float or name:float_seq")
@@ -72,7 +73,7 @@ def typed_column(values, kind: str, name: str, path):
                          expected="a number", mend="correct the line, or declare the column a token")
     return numbers.astype(np.float64) if kind == "float" else numbers.groupby(level=0).agg(list)
 
-# %% ../../nbs/sources/17_recbole.ipynb #82079b23
+# %% ../../nbs/sources/17_recbole.ipynb #363d7e8a
 def inter_columns(path) -> dict:  # {name: type}
     "Names and types of an .inter file by its first line. InputError for what is no header."
     with open(path, encoding="utf-8-sig") as f:
@@ -101,11 +102,12 @@ def recbole_source(
         if column not in types:
             raise InputError("a column is missing", file=path, column=column, found="columns " + ", ".join(types), expected="user_id, item_id", mend="name it in the header")
     columns = "{" + ", ".join(f"{text_sql(c)}: 'VARCHAR'" for c in types) + "}"
-    table = f"read_csv({text_sql(glob.escape(str(path)))}, auto_detect = false, columns = {columns}, header = true, delim = '\t', quote = '', escape = '')"
+    table = f"read_csv({text_sql(glob.escape(str(path)))}, auto_detect = false, hive_partitioning = false, columns = {columns}, header = true, delim = '\t', quote = '', escape = '')"
     source = Source("recbole", path, table, key_sql("user_id", "VARCHAR"), key_sql("item_id", "VARCHAR"), first_line=2, raw={c: (c, name_sql(c)) for c in ("timestamp", "rating")} | {"user": ("user_id", "user_id"), "item": ("item_id", "item_id")})
     if "timestamp" in types:
         with open_spool() as connection, refusals(source):
-            source.timestamp = time_sql(connection, table, "timestamp", "VARCHAR")
+            place = (connection, table, "timestamp", "VARCHAR", "auto", path)
+            source.timestamp, source.moment = time_sql(*place), moment_sql(*place)
     if types.get("rating") == "float":
         source.rating = number_sql("rating")
     side = {kind: read_side(path.with_suffix("." + kind), kind) for kind in ("item", "user")}
@@ -122,9 +124,11 @@ def read_side(path, kind: str):
     if not path.exists():
         return None
     frame, column = read_atomic(path), f"{kind}_id"
+    frame = frame.rename(columns={c: f"{c}_" for c in ("key", "raw_id") if c in frame})
     if column not in frame:
         raise InputError("a column is missing", file=path, column=column, found="columns " + ", ".join(frame), expected=column, mend="name it in the header")
-    for wrong, problem in ((frame[column].str.strip() == "", "ids are missing"), (frame[column].duplicated(keep=False), f"{kind}s appear twice")):
+    frame[column] = frame[column].str.strip()
+    for wrong, problem in ((frame[column] == "", "ids are missing"), (frame[column].duplicated(keep=False), f"{kind}s appear twice")):
         if wrong.any():
             raise InputError(problem, file=path, column=column, rows=[f"line {i + 2}" for i in np.flatnonzero(wrong)], found=repr(frame[column][wrong].iloc[0]),
                              expected=f"each {kind}'s id once", mend="drop these lines")
