@@ -8,10 +8,10 @@ import torch
 from recgen.clicks.data import Clicks
 from recgen.clicks.din import Din, DinConfig
 from recgen.clicks.features import features_of, item_table
-from recgen.clicks.training import ClickTask, ClickTrainer, RowAdam, predict, predict_logits, train_din
+from recgen.clicks.training import ClickTask, RowAdam, predict, predict_logits, train_din
 from recgen.core.errors import InputError, RunError
 from recgen.core.ragged import Ragged
-from recgen.core.training import TrainSettings
+from recgen.core.training import Trainer, TrainSettings
 from recgen.evaluation.classification import binary_metrics
 
 N = 20
@@ -262,4 +262,5 @@ def test_features_other_than_the_models_are_refused():
 
 
 def test_the_loop_is_the_cores():
-    assert issubclass(ClickTrainer, __import__("recgen.core.training", fromlist=["Trainer"]).Trainer) and "run" not in vars(ClickTrainer)
+    trainer = train_din(shape(), TrainSettings(**HOW, grad_clip=0.5), log())
+    assert type(trainer) is Trainer and trainer.optimizer.optimizer.clip == 0.5 and trainer.settings.grad_clip == 0

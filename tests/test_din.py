@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from recgen.clicks.data import Clicks
 from recgen.clicks.din import Din, DinConfig, TargetAttention, segment_softmax
-from recgen.clicks.features import CodeMean, FeatureConfig, ItemEncoder, code_mean, features_of, item_table, numbered, standardised
+from recgen.clicks.features import CodeMean, FeatureConfig, ItemEncoder, code_mean, features_of, item_table, numbered
 from recgen.core.errors import InputError
 from recgen.core.files import write_torch
 from recgen.core.ragged import Ragged
@@ -285,12 +285,6 @@ def test_numbering_does_not_depend_on_the_order_of_items():
     a, n = numbered(["b", "a", None, "b"])
     b, _ = numbered(["b", "b", "a", None])
     assert n == 2 and a.tolist() == [2, 1, 0, 2] and b.tolist() == [2, 2, 1, 0]
-
-
-def test_standardised_vectors():
-    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-6, 1.0, 1e6, 0.0]) + torch.tensor([0.0, 5.0, 0.0, 0.1])
-    y = standardised(x)
-    assert torch.allclose(y.mean(0), torch.zeros(4), atol=1e-5) and torch.allclose(y.std(0, correction=0), torch.tensor([1.0, 1.0, 1.0, 0.0]), atol=1e-4)
 
 
 def test_vectors_are_joined_by_item_id():

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from recgen.clicks.item_codes import ItemCodes, item_info_table, join_codes, read_item_info, tag_matrix, write_item_info
-from recgen.clicks.vqvae import VqVae, VqVaeConfig, column_scaling, train_vqvae
+from recgen.clicks.vqvae import VqVae, VqVaeConfig, train_vqvae
 from recgen.core.errors import InputError
 from recgen.core.files import write_parquet, write_tensors
 from recgen.core.training import TrainSettings
 from recgen.formats.embeddings import Embeddings
 from recgen.formats.semantic_ids import SemanticIDs
+from recgen.quantization.scaling import column_scale
 
 N = 60
 
@@ -75,7 +76,7 @@ def test_vectors_are_joined_by_item_id(modalities):
 
 def test_an_untrained_model_makes_no_table(modalities):
     vectors, models = modalities
-    fresh = VqVae(models["text"].config, *column_scaling(vectors["text"]))
+    fresh = VqVae(models["text"].config, *column_scale(vectors["text"], True))
     with pytest.raises(InputError, match="never trained"):
         ItemCodes.from_vqvaes({"text": fresh}, {"text": vectors["text"]})
 

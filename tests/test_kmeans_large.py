@@ -16,8 +16,9 @@ import torch
 from recgen.core.errors import InputError
 from recgen.quantization.balanced import auction, capacity_of, fit_balanced
 from recgen.quantization.kmeans import assign, fit_kmeans
+from recgen.quantization.scaling import column_scale, standardized
 from recgen.quantization.streaming import VectorSource, column_moments, open_source, sample_rows
-from recgen.tokens.rqkmeans import RQKMeans, column_scale, standardized
+from recgen.tokens.rqkmeans import RQKMeans
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)

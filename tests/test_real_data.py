@@ -13,10 +13,10 @@ from recgen.evaluation.protocol import cases_from_dataset
 from recgen.formats.dataset import Dataset, order_positions
 from recgen.formats.embeddings import load_embeddings
 from recgen.formats.semantic_ids import SemanticIDs
+from recgen.quantization.scaling import column_scale, standardized
 from recgen.retrieval.sequences import PrefixSamples
 from recgen.sources.recbole import recbole_source
 from recgen.sources.sequences import sequence_source
-from recgen.tokens.rqkmeans import column_scale, standardized
 from recgen.tokens.rqvae import RqVaeConfig, train_rqvae
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from recgen.formats.embeddings import Embeddings
 from recgen.quantization.autoencoder import QuantizedAutoencoder, autoencoder_loss
 from recgen.quantization.codebook import Codebook, code_scores, rotate_onto, sinkhorn_codes, smoothed_counts
 from recgen.quantization.residual import ResidualQuantizer
+from recgen.quantization.scaling import standardized
 from recgen.stages.tokenizer import assign_ids, link_checkpoints, save_model
 from recgen.tokens.health import check_health, health_table
-from recgen.tokens.rqkmeans import RQKMeans, standardized
+from recgen.tokens.rqkmeans import RQKMeans
 from recgen.tokens.rqvae import (
     RqVae,
     RqVaeConfig,

@@ -11,11 +11,9 @@ from recgen.clicks.vqvae import (
     VqVae,
     VqVaeConfig,
     catalogue_figures,
-    column_scaling,
     load_vqvae,
     perplexity,
     save_vqvae,
-    standardized,
     train_vqvae,
     vqvae_config,
     vqvae_loss,
@@ -25,6 +23,12 @@ from recgen.core.files import read_torch, write_torch
 from recgen.core.training import TrainSettings
 from recgen.formats.embeddings import load_embeddings
 from recgen.quantization.codebook import Codebook
+from recgen.quantization.scaling import column_scale, standardized
+
+def scaled(model, x):
+    "What the encoder is given."
+    return standardized(x, model.mean, model.scale)
+
 
 def vectors(n=400, width=20, rank=5, seed=0):
     "Vectors near a curved surface, off the origin, with a constant column."
@@ -130,8 +134,8 @@ def test_it_learns_and_says_so(use_ema):
     assert best["catalogue/use"] == pytest.approx(float((counts > 0).float().mean()), abs=0.05) and best["catalogue/use"] > 0.8
     assert 1 < best["catalogue/token_perplexity"] <= best["catalogue/perplexity"]
     assert best["valid/explained_variance"] != best["catalogue/explained_variance"]
-    x = standardized(model, vectors())
-    by_hand = 1 - (standardized(model, model.decode(codes)) - x).square().sum() / x.square().sum()
+    x = scaled(model, vectors())
+    by_hand = 1 - (scaled(model, model.decode(codes)) - x).square().sum() / x.square().sum()
     assert explained == pytest.approx(float(by_hand), abs=1e-5)
 
 
@@ -150,9 +154,9 @@ def test_dead_codes_restart():
     torch.manual_seed(0)
     used = {}
     for share in (0.0, 0.1):
-        model = VqVae(config(dead_share=share, use_ema=False), *column_scaling(x)).train()
+        model = VqVae(config(dead_share=share, use_ema=False), *column_scale(x, True)).train()
         model.codebook.place(torch.arange(4, 24), torch.full((20, 6), 1e3), torch.ones(20))  # far from everything
-        data, optimizer = standardized(model, x), torch.optim.AdamW(model.parameters(), 3e-3)
+        data, optimizer = scaled(model, x), torch.optim.AdamW(model.parameters(), 3e-3)
         for _ in range(40):
             optimizer.zero_grad()
             vqvae_loss(model, data[torch.randperm(len(data))[:64]], model.config)[0].backward()
@@ -164,7 +168,7 @@ def test_dead_codes_restart():
 def test_start_places_the_codebook_among_the_latents():
     x = vectors()
     model = train_vqvae(config(), settings(epochs=1, learning_rate=1e-9), x).module
-    assert catalogue_figures(model.eval(), standardized(model, x), torch.zeros(len(x), dtype=torch.bool))["catalogue/use"] == 1.0
+    assert catalogue_figures(model.eval(), scaled(model, x), torch.zeros(len(x), dtype=torch.bool))["catalogue/use"] == 1.0
 
 
 def test_equal_trainings_and_a_resumed_one_are_equal(tmp_path):
@@ -203,7 +207,7 @@ def test_codes_are_those_of_the_trained_weights_and_fresh_ones_give_others(tmp_p
         by_hand.load_state_dict(read_torch(tmp_path / "checkpoints" / f"{name}.pt")["model"])
         by_file[name] = by_hand.encode(x)
     assert codes.equal(by_file["best"]) and not codes.equal(by_file["last"])
-    fresh = VqVae(config(), *column_scaling(x))
+    fresh = VqVae(config(), *column_scale(x, True))
     with pytest.raises(InputError, match="never trained"):
         fresh.encode(x)
     with pytest.raises(InputError, match="never trained"):
@@ -237,7 +241,7 @@ def test_no_batch_changes_a_code(trained, seed):
     codes, order = trained.encode(x), torch.randperm(300, generator=g)
     for block in (1, 7, 300):
         assert trained.encode(x[order], block=block).equal(codes[order])
-    z = copy.deepcopy(trained.encoder).double()(standardized(trained, x).double()).view(-1, 6)
+    z = copy.deepcopy(trained.encoder).double()(scaled(trained, x).double()).view(-1, 6)
     nearest = torch.cdist(z, trained.codebook.vectors.double()).argmin(1)
     assert (nearest.view(-1, 4) == codes).float().mean() > 0.999
 
@@ -283,8 +287,8 @@ def test_decoding(trained):
     codes = trained.encode(x)
     rebuilt = trained.decode(codes)
     assert rebuilt.shape == x.shape and torch.allclose(trained.decode(codes[5:6]), rebuilt[5:6], atol=1e-5)
-    error, *_ = trained(standardized(trained, x))
-    assert torch.allclose((standardized(trained, rebuilt) - standardized(trained, x)).square().sum(1), error, atol=1e-3)
+    error, *_ = trained(scaled(trained, x))
+    assert torch.allclose((scaled(trained, rebuilt) - scaled(trained, x)).square().sum(1), error, atol=1e-3)
     assert (rebuilt[:, 3] == 7).all(), "a constant column comes back"
     for wrong in (codes[:, :3], codes + 24, codes - 24, codes[0]):
         with pytest.raises(InputError):
@@ -316,8 +320,8 @@ def test_refused_before_anything_is_written(spoil, message, tmp_path):
 
 def test_constant_vectors_are_refused_and_constant_columns_are_not():
     with pytest.raises(InputError, match="every column"):
-        column_scaling(torch.full((5, 3), 0.1))
-    mean, scale = column_scaling(torch.tensor([[0.1, 1.0], [0.1, 3.0], [0.1, 2.0]]))
+        column_scale(torch.full((5, 3), 0.1), True)
+    mean, scale = column_scale(torch.tensor([[0.1, 1.0], [0.1, 3.0], [0.1, 2.0]]), True)
     assert scale[0] == 0 and scale[1] > 0
     with pytest.raises(InputError, match="every column"):
         train_vqvae(config(n_embed=1), settings(), torch.full((50, 20), 3.0))

@@ -11,10 +11,10 @@ from recgen.core.ragged import Ragged
 from recgen.core.training import TrainSettings, fit
 from recgen.evaluation.protocol import Cases
 from recgen.formats.semantic_ids import SemanticIDs
+from recgen.quantization.scaling import column_scale, standardized
 from recgen.retrieval.sequences import token_table
 from recgen.retrieval.training import train_tiger
 from recgen.retrieval.transformer import TigerConfig
-from recgen.tokens.rqkmeans import column_scale, standardized
 from recgen.tokens.rqvae import RqVaeConfig, train_rqvae
 
 RQVAES = {"rqvae": {}, "rqvae_by_gradient": {"use_ema": False}}

@@ -80,9 +80,11 @@ def learning_rate_factor(
         return math.sqrt(max(1, warmup) / max(1, warmup, step))
     return 1.0
 
-# %% ../../nbs/core/11_training.ipynb #86add5cf
-def make_optimizer(model, settings: TrainSettings):
-    "AdamW with weight decay on parameters of two or more dimensions."
+# %% ../../nbs/core/11_training.ipynb #e2b413b3
+def make_optimizer(model, settings: TrainSettings, task=None):
+    "The task's own optimizer where it has one, else AdamW with weight decay on parameters of two or more dimensions."
+    if hasattr(task, "optimizer"):
+        return task.optimizer(model, settings)
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -209,7 +211,7 @@ def on_device(task, part, device):
     "A batch as the task's loss takes it: `task.place(part)` where the task has that (to read what it must know of the numbers while they are on the CPU: asking a GPU would make it wait), else on the device."
     return task.place(part) if hasattr(task, "place") else part.to(device)
 
-# %% ../../nbs/core/11_training.ipynb #6f04fe56
+# %% ../../nbs/core/11_training.ipynb #e6aff55f
 class Trainer:
     "One training: `run()` trains from the last checkpoint (or the start) to the end. See `fit`."
 
@@ -223,7 +225,7 @@ class Trainer:
         self.fingerprint = {"settings": {k: v for k, v in asdict(settings).items() if k not in NO_RESULT}, **(fingerprint or {})}
         self.module = task.model.to(self.device)
         compile_in_place(self.module, settings.compile, self.device, getattr(task, "compiles", False))
-        self.optimizer = make_optimizer(self.module, settings)
+        self.optimizer = make_optimizer(self.module, settings, task)
         self.model, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
         self.position, self.best = Position(), Best(settings.best_mode, settings.early_stop_min_delta)
         self.resumed_from, self.seconds, self.trained, self.kept = None, 0.0, 0, None  # kept: the best weights, where no folder has them
@@ -391,7 +393,7 @@ class Trainer:
             self.module.load_state_dict(self.kept)
         return self.module.eval()
 
-# %% ../../nbs/core/11_training.ipynb #e743f3db
+# %% ../../nbs/core/11_training.ipynb #122ae369
 def log_line(record: dict) -> str:
     "`Epoch 3: Loss=1.2345, name=0.0567`."
     rest = [f"{k}={v:.4f}" for k, v in record.items() if isinstance(v, float) and k not in ("loss", "learning_rate")]
@@ -405,7 +407,7 @@ def log_records(records: list, log, line=log_line):
 
 
 def fit(
-    task,  # has .model, .batches(generator) -> list of index tensors, .loss(model, index) -> mean loss; may have .evaluate(model) -> dict, .parts: names of further numbers that .loss returns behind the loss, .compiles = True: its forward is one graph (compile=auto)
+    task,  # has .model, .batches(generator) -> list of index tensors, .loss(model, index) -> mean loss; may have .evaluate(model) -> dict, .parts: names of further numbers that .loss returns behind the loss, .optimizer(model, settings), .compiles = True: its forward is one graph (compile=auto)
     settings: TrainSettings,
     folder=None,  # run folder for checkpoints and metrics.jsonl; None keeps nothing
     fingerprint: dict = None,  # plain data that a checkpoint must share to be resumed

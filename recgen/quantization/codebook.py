@@ -30,7 +30,7 @@ def smoothed_counts(
     total = counts.sum()
     return (counts + epsilon) * (total / (total + len(counts) * epsilon))
 
-# %% ../../nbs/quantization/03_codebook.ipynb #33a78270
+# %% ../../nbs/quantization/03_codebook.ipynb #003f328b
 class Codebook(torch.nn.Module):
     "K vectors that follow what they serve, by running means (`use_ema`) or by the gradient of a loss; dead codes restart."
 
@@ -63,11 +63,16 @@ class Codebook(torch.nn.Module):
         if self.use_ema:
             self.sums[rows] = vectors * self.counts[rows][:, None]
 
+    def batch_sums(self, x, codes):
+        "How many of (B, D) vectors each code served, (K,), and their sums, (K, D)."
+        served = x.new_zeros(len(x), len(self.vectors)).scatter_(1, codes[:, None], 1)
+        return served.sum(0), served.T @ x
+
     @torch.no_grad()
     def observe(self, x, codes):
         "Learn from a batch: (B, D) vectors and the (B,) codes that served them, over all processes."
-        served = x.new_zeros(len(x), len(self.vectors)).scatter_(1, codes[:, None], 1)
-        seen = sum_over_processes(torch.cat([served.sum(0)[:, None], served.T @ x], 1))  # (K, 1 + D)
+        counts, sums = self.batch_sums(x, codes)
+        seen = sum_over_processes(torch.cat([counts[:, None], sums], 1))  # (K, 1 + D)
         done = int(self.steps)
         weight = 1 - min(self.decay, (1 + done) / (10 + done))  # the first steps move much, and a memory of 100 steps would lag behind
         self.counts.lerp_(seen[:, 0], weight)

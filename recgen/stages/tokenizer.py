@@ -26,13 +26,14 @@ from ..core.training import SCHEDULERS, TrainSettings, log_records
 from ..formats.dataset import check_items
 from ..formats.embeddings import Embeddings, check_same_items, column_names, column_places, load_embeddings
 from ..formats.semantic_ids import SemanticIDs
+from ..quantization.scaling import column_scale, standardized
 from ..quantization.streaming import ParquetSource, TensorSource
 from ..sources.world import make_world
 from ..tokens.append import append_ids, join_tables, split_departed
 from ..tokens.collisions import METHODS
 from ..tokens.collisions import resolve as resolve_collisions
 from ..tokens.health import check_health, explained_variance, health_table, neighbour_preservation, summary, use_table
-from ..tokens.rqkmeans import RQKMeans, column_scale, standardized
+from ..tokens.rqkmeans import RQKMeans
 from ..tokens.rqvae import SELECT, RqVae, RqVaeConfig, chosen_model, explained_by_level, load_tokenizer, train_rqvae
 from ..tokens.scoring import leaf_categories, read_ids, score_table
 

@@ -22,8 +22,9 @@ from ..core.device import generator, seed_everything
 from ..core.training import TrainSettings, learning_rate_factor, make_optimizer
 from ..quantization.autoencoder import layer_stack
 from ..quantization.kmeans import assign, fit_kmeans
+from ..quantization.scaling import column_scale, standardized
 from .collisions import bucket_counts, resolve
-from .rqkmeans import RQKMeans, column_scale, standardized
+from .rqkmeans import RQKMeans
 from .rqvae import RqVaeConfig, catalogue_state, chosen_model, train_rqvae
 
 # %% ../../nbs/tokens/07_benchmarks.ipynb #9a487c92

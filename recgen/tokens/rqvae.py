@@ -22,8 +22,9 @@ from ..core.training import TrainSettings, fit
 from ..quantization.autoencoder import QuantizedAutoencoder, autoencoder_loss
 from ..quantization.codebook import code_scores
 from ..quantization.kmeans import check_vectors, first_of_equal
+from ..quantization.scaling import standardized
 from .collisions import bucket_counts
-from .rqkmeans import RQKMeans, decode_codes, standardized
+from .rqkmeans import RQKMeans, decode_codes
 
 # %% ../../nbs/tokens/03_rqvae.ipynb #cdd5a19e
 @dataclass
