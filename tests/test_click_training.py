@@ -4,39 +4,18 @@ import json
 import pandas as pd
 import pytest
 import torch
+from toy_clicks import HOW, N, log, shape, table, train_in_shares
 
 from recgen.clicks.data import Clicks
 from recgen.clicks.din import Din, DinConfig
 from recgen.clicks.features import features_of, item_table
 from recgen.clicks.training import ClickTask, RowAdam, predict, predict_logits, train_din
 from recgen.core.errors import InputError, RunError
+from recgen.core.files import read_torch
+from recgen.core.processes import launch
 from recgen.core.ragged import Ragged
 from recgen.core.training import Trainer, TrainSettings
 from recgen.evaluation.classification import binary_metrics
-
-N = 20
-
-
-def log(n=300, seed=0, top=N):
-    "Clicks on items of the kind (odd or even) that the history holds; users and items alone say nothing."
-    g = torch.Generator().manual_seed(seed)
-    kind, lengths = torch.randint(0, 2, (n,), generator=g), torch.randint(0, 6, (n,), generator=g)
-    history = 1 + 2 * torch.randint(0, top // 2, (int(lengths.sum()),), generator=g) + kind.repeat_interleave(lengths)
-    items = torch.randint(1, top + 1, (n,), generator=g)
-    clicked = torch.where(lengths > 0, (items - 1) % 2 == kind, torch.rand(n, generator=g) < 0.5).float()
-    return Clicks(torch.randint(1, 30, (n,), generator=g), items, clicked, Ragged(history, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])), torch.arange(n))
-
-
-def table(**features):
-    return item_table(pd.DataFrame(dict(item_id=range(1, N + 1))), **features)
-
-
-def shape(lazy_rows=20_000, width=4, **config):
-    return DinConfig(features_of(table(), log(), width=width, lazy_rows=lazy_rows), **{"attention": [8], "mlp": [8], "dropout": 0.1, "unknown_rate": 0.1, **config})
-
-
-HOW = {"epochs": 3, "batch_size": 64, "learning_rate": 5e-3, "best_metric": "valid/auc", "device": "cpu"}
-
 
 # --- the optimizer
 
@@ -264,3 +243,17 @@ def test_features_other_than_the_models_are_refused():
 def test_the_loop_is_the_cores():
     trainer = train_din(shape(), TrainSettings(**HOW, grad_clip=0.5), log())
     assert type(trainer) is Trainer and trainer.optimizer.optimizer.clip == 0.5 and trainer.settings.grad_clip == 0
+
+
+# --- several processes
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(tmp_path):
+    train_in_shares(tmp_path / "one")
+    launch(train_in_shares, (tmp_path / "two",), num_processes=2, device="cpu")
+    for name in ("dense", "lazy", "features"):
+        one, two = (read_torch(tmp_path / n / name / "checkpoints" / "last.pt")["model"] for n in ("one", "two"))
+        assert one.keys() == two.keys() and all(torch.allclose(one[k].float(), two[k].float(), atol=1e-4) for k in one), name
+        first, second = ([json.loads(line) for line in (tmp_path / n / name / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two"))
+        assert [r["valid/auc"] for r in first] == pytest.approx([r["valid/auc"] for r in second], abs=1e-3) and len(first) == 3
