@@ -14,6 +14,9 @@ from http_server import Server
 from recgen.core.errors import InputError, ParameterError
 from recgen.formats.dataset import Dataset
 from recgen.formats.embeddings import load_embeddings
+from recgen.formats.statistics import statistics_table
+from recgen.sources.assemble import make_dataset
+from recgen.sources.tables import table_source
 from recgen.stages import data as stage
 
 def sales(path, users=12, rows=5, start=1):
@@ -108,6 +111,39 @@ def test_a_time_split_is_part_of_the_data(runs, shop):
     with pytest.raises(ParameterError, match="leaves a part empty") as e:
         stage_runs.run_stage("00_data", **short, split="time", valid_from="2024-05-01 12:00", test_from="2024-05-02")
     assert "no rows in valid" in e.value.parts["found"]
+
+
+def test_targets_without_training_rows_are_counted_and_shown(runs, tmp_path):
+    rows = [(f"c{u}", f"B{(u * k) % 7}", f"2024-05-{k:02d}") for u in range(1, 9) for k in range(1, 6)]
+    rows += [("late", "B1", "2024-05-04"), ("late", "new", "2024-05-05"), ("later", "B2", "2024-05-05")]  # two users and an item that the training rows do not have
+    pd.DataFrame(rows, columns=["user", "item", "date"]).to_csv(tmp_path / "log.csv", index=False)
+    made = stage_runs.run_stage("00_data", whole=True, data_path=str(tmp_path / "log.csv"), split="time", valid_from="2024-05-04", test_from="2024-05-05")
+    facts, data = json.loads((made["run"].folder / "dataset.json").read_text()), Dataset.load(made["run"].folder)
+    assert [facts[f"n_{part}_{end}_unseen"] for part in ("valid", "test") for end in ("user", "item")] == [1, 0, 2, 1]
+    train, test = data.train_interactions(), data.test_rows_held_out()
+    assert (~test["user_id"].isin(train["user_id"])).sum() == 2 and (~test["item_id"].isin(train["item_id"])).sum() == 1
+    shown = statistics_table(made["counts"])["value"]
+    assert shown["targets whose user has no training row"] == "1 validation, 2 test" and shown["targets whose item has no training row"] == "0 validation, 1 test"
+
+
+def test_a_stage_and_make_dataset_write_the_same_folder(runs, shop, tmp_path):
+    run = stage_runs.run_stage("00_data", **shop)["run"]
+    source = table_source(shop["data_path"], shop["columns"], shop["items_path"])
+    facts = make_dataset(source, tmp_path / "made", min_user=3)
+    assert facts == json.loads((run.folder / "dataset.json").read_text()) == json.loads((tmp_path / "made" / "dataset.json").read_text())
+    for name in [*facts["sha256"], "dataset.json"]:
+        assert (run.folder / name).read_bytes() == (tmp_path / "made" / name).read_bytes(), name
+    assert {"interactions.parquet", "items.parquet", "users.parquet", "item_emb.parquet"} == set(facts["sha256"])
+
+
+def test_what_an_encoder_cannot_read_leaves_no_folder(runs, shop, tmp_path):
+    source = table_source(shop["data_path"], shop["columns"], shop["items_path"])
+    for how, problem in (({"template": "{colour}"}, "columns that the items do not have"), ({"encoder": str(tmp_path / "other.parquet")}, "items have no vector"), ({"k_core": -2}, "whole number from 0")):
+        pd.DataFrame({"raw_id": ["Z1", "Z2"], "embedding": [[1.0], [2.0]]}).to_parquet(tmp_path / "other.parquet")
+        before = snapshot(tmp_path)
+        with pytest.raises((InputError, ParameterError), match=problem):
+            make_dataset(source, tmp_path / "made", min_user=3, **how)
+        assert snapshot(tmp_path) == before and not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("wrong, problem", [

@@ -4,6 +4,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from recgen.core.errors import InputError, ParameterError
 from recgen.core.files import read_parquet
 from recgen.formats.dataset import Dataset, order_positions, split_rows
+from recgen.formats.statistics import PartCounts, whole_users
 from recgen.sources.log import Source, open_spool, read_log, write_interactions
 
 few = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -18,7 +20,7 @@ few = settings(max_examples=40, deadline=None, suppress_health_check=list(Health
 
 def source_of(frame, **more):
     "A source over a DataFrame with user, item and perhaps timestamp and rating."
-    columns = {c: c for c in ("timestamp", "rating") if c in frame}
+    columns = {c: sql for c, sql in (("timestamp", "timestamp * 1000000"), ("rating", "rating")) if c in frame}
     return Source("toy", Path("toy.csv"), "toy", "CAST(\"user\" AS VARCHAR)", "item", frames={"toy": frame}, **columns, **more)
 
 
@@ -106,6 +108,36 @@ def test_a_time_split_by_share_by_date_and_by_second():
         pass
 
 
+def test_within_a_second_rows_are_ordered_and_between_seconds_they_are_split():
+    micros = [1_999_999, 2_000_000, -1, -1_000_001, 0, 999_999, 1_000_000]  # −1 µs is in the second before 1970
+    frame = pd.DataFrame({"user": ["a"] * 7, "item": list("tuvwxyz"), "t": micros})
+    with read_log(Source("toy", Path("toy.csv"), "toy", "user", "item", "t", frames={"toy": frame}), split="time", valid_from="1", test_from="2") as log:
+        rows, keys = pd.concat(log.frames()), log.keys("item")["key"].to_pylist()
+        assert [keys[i - 1] for i in rows["item_id"]] == list("wvxyztu") and rows["timestamp"].tolist() == [-2, -1, 0, 0, 1, 1, 2] and rows["timestamp"].dtype == np.int64
+        assert split_rows(rows, log.split).tolist() == [0, 0, 0, 0, 1, 3, 2]
+    for bounds, empty in ((("1", "3"), "no rows in test"), (("-2", "1"), "no rows in train"), (("1", "1"), "no rows in valid")):
+        with pytest.raises(ParameterError, match="leaves a part empty") as e, read_log(Source("toy", Path("toy.csv"), "toy", "user", "item", "t", frames={"toy": frame}), split="time", valid_from=bounds[0], test_from=bounds[1]):
+            pass
+        assert empty in e.value.parts["found"] and e.value.parts["expected"] == "two ascending times between -2 and 2"
+
+
+@few
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.integers(0, 30)), min_size=1, max_size=50), st.integers(1, 29), st.integers(1, 20))
+def test_targets_that_training_has_not_seen_are_counted(rows, valid_from, piece):
+    frame = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"]).sort_values(["user_id", "timestamp"], kind="stable", ignore_index=True)
+    frame["item_id"] += 1
+    split = {"rule": "time", "valid_from": valid_from, "test_from": 30}
+    counts, part = PartCounts(), split_rows(frame, split)
+    for table in whole_users(pa.Table.from_pandas(frame).to_batches(max_chunksize=piece)):
+        users = table.to_pandas()
+        counts.add(users, split_rows(users, split))
+    assert counts.rows.tolist() == np.bincount(part, minlength=4).tolist()
+    train, facts = frame[part == 0], counts.facts()
+    for name, p in (("valid", 1), ("test", 2)):
+        for end in ("user", "item"):
+            assert facts[f"n_{name}_{end}_unseen"] == sum(v not in set(train[f"{end}_id"]) for v in frame.loc[part == p, f"{end}_id"])
+
+
 def test_a_split_that_comes_with_the_data_stands_unless_another_is_asked_for():
     frame = pd.DataFrame({"user": list("aaabbb"), "item": list("xyzxyz"), "timestamp": range(6)})
     given_split = {"rule": "time", "valid_from": 2, "test_from": 5}
@@ -169,7 +201,7 @@ def test_more_rows_than_the_memory_that_it_may_use(tmp_path):
     n = 800_000
     frame = pd.DataFrame({"user": rng.integers(0, 60_000, n), "item": rng.integers(0, 3_000, n).astype(str), "timestamp": rng.integers(0, 10**6, n)})
     frame.to_parquet(tmp_path / "log.parquet")
-    source = Source("toy", tmp_path / "log.parquet", f"read_parquet('{tmp_path}/log.parquet')", "CAST(\"user\" AS VARCHAR)", "item", "timestamp")
+    source = Source("toy", tmp_path / "log.parquet", f"read_parquet('{tmp_path}/log.parquet')", "CAST(\"user\" AS VARCHAR)", "item", "timestamp * 1000000")
     kept = plainly(frame, 5, 5, "given")
     with read_log(source, k_core=5, spool_dir=tmp_path, memory_mb=96) as log:
         facts = write_interactions(tmp_path / "interactions.parquet", log)

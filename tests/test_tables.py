@@ -1,6 +1,8 @@
 "The user's own tables: dialects, column maps, times, and what is refused."
 import gzip
 import json
+import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,8 @@ import pytest
 from recgen.core.errors import InputError, ParameterError
 from recgen.formats.dataset import Dataset
 from recgen.sources.assemble import make_dataset
-from recgen.sources.log import ask, open_spool, read_log
-from recgen.sources.tables import column_map, read_items, table_source, table_sql, time_sql
+from recgen.sources.log import SECOND, ask, open_spool, read_log
+from recgen.sources.tables import UNITS, column_map, read_items, table_source, table_sql, time_sql
 
 ROWS = [(u, i, 1_400_000_000 + 60 * t) for u in ("ann", "bo") for t, i in enumerate(("007", "9", "comb, large", 'the "best"'))]
 
@@ -90,12 +92,61 @@ def test_ids_stay_what_they_are(tmp_path):
     (["-86400"], [-86_400]),
     (["soon", "", "nan", "inf", "1e400"], [None] * 5),
 ])
-def test_times_become_seconds(tmp_path, values, seconds):
+def test_times_become_microseconds_of_these_seconds(tmp_path, values, seconds):
     (tmp_path / "t.csv").write_text("time,x\n" + "".join(f"{v},1\n" for v in values))
     with open_spool() as connection:
         table = table_sql(tmp_path / "t.csv")
         found = ask(connection, f"SELECT {time_sql(connection, table, 'time', 'VARCHAR')} FROM {table}")
-    assert [s for s, in found] == seconds
+    assert [t if t is None else t // SECOND for t, in found] == seconds
+
+
+def micros_of(values, kind: str, unit: str) -> list:
+    "What becomes of a column of these values, cast to a type of DuckDB's."
+    with open_spool() as connection:
+        connection.register("given", pd.DataFrame({"text": values}, dtype="string"))
+        connection.execute(f"CREATE TABLE times AS SELECT CAST(text AS {kind}) AS t FROM given")
+        return [t for t, in ask(connection, f"SELECT {time_sql(connection, 'times', 't', kind, unit)} FROM times")]
+
+
+@pytest.mark.parametrize("kind", ["VARCHAR", "BIGINT", "HUGEINT", "DECIMAL(38,9)"])
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_numbers_become_microseconds_exactly(kind, unit):
+    rng, size = np.random.default_rng(0), UNITS[unit]
+    seconds, within = rng.integers(-(9 * 10**9), 9 * 10**9, 3000), rng.integers(0, size, 3000)
+    seconds[::7] = rng.integers(-3, 3, len(seconds[::7]))
+    within[::3] = 0  # whole seconds, which a product of doubles may miss by one
+    whole = [str(int(s) * size + int(w)) for s, w in zip(seconds, within, strict=True)] + [str(s * size) for s in (1_400_000_001, 1_583_378_629, -1)]
+    texts = whole if kind in ("BIGINT", "HUGEINT") else whole + [f"{t}.{'9' * (i % 10)}{i % 10}"[: len(t) + 10] for i, t in enumerate(whole)]
+    assert micros_of(texts, kind, unit) == [math.floor(Fraction(t) * 10**6 / size) for t in texts]
+
+
+def test_doubles_become_the_microseconds_that_they_are_nearest_to():
+    texts = [f"{s}.{ms:03d}" for s, ms in zip(range(1_400_000_000, 1_400_001_000), range(1000), strict=True)]
+    for kind in ("DOUBLE", "VARCHAR"):
+        assert micros_of(texts, kind, "s") == [int(t.replace(".", "")) * 1000 for t in texts]
+        assert micros_of([t.replace(".", "") for t in texts], kind, "ms") == [int(t.replace(".", "")) * 1000 for t in texts]
+    assert micros_of(["1400000001000000000", "nan", "inf", "-inf", "1e300"], "DOUBLE", "ns") == [1_400_000_001_000_000] + [None] * 4
+
+
+@pytest.mark.parametrize("kind, unit, values, micros", [
+    ("VARCHAR", "s", ["99999999999", "100000000000", "-99999999999", "-100000000000"], [99_999_999_999 * 10**6, None, -99_999_999_999 * 10**6, None]),
+    ("BIGINT", "ms", ["99999999999999", "100000000000000", "9223372036854775807", "-9223372036854775808"], [99_999_999_999_999_000, None, None, None]),
+    ("HUGEINT", "ns", ["9223372036854775807", "9223372036854775808", "-9223372036854775808", "-9223372036854775809"], [9_223_372_036_854_775, None, -9_223_372_036_854_776, None]),
+    ("VARCHAR", "ns", ["9223372036854775807.5", "9223372036854775808", "1e19"], [None, None, None]),
+    ("VARCHAR", "s", ["15e-1", "-15e-1", "1.5e9", "294246-12-31", "294248-01-01", "infinity"], [1_500_000, -1_500_000, 1_500_000_000_000_000, 9_223_371_158_400_000_000, None, None]),
+    ("DATE", "s", ["1969-12-31", "9999-12-31", "5000000-01-01", "infinity"], [-86_400 * 10**6, 253_402_214_400 * 10**6, None, None]),
+    ("TIMESTAMP_NS", "s", ["1969-12-31 23:59:59.999999999", "2014-05-13 16:53:20.123456789"], [-1, 1_400_000_000_123_456]),
+    ("TIMESTAMP WITH TIME ZONE", "s", ["2014-05-13 18:53:20.5+02:00", "infinity"], [1_400_000_000_500_000, None]),
+])
+def test_times_at_and_beyond_the_ends_of_the_range(kind, unit, values, micros):
+    assert micros_of(values, kind, unit) == micros
+
+
+def test_a_time_out_of_range_is_refused_with_its_line(tmp_path):
+    (tmp_path / "log.csv").write_text("user,item,time\na,1,1400000000\na,2,100000000000\na,3,1400000002\n")
+    with pytest.raises(InputError, match="timestamps are missing or cannot be read") as e, read_log(table_source(tmp_path / "log.csv", time_unit="s")):
+        pass
+    assert e.value.parts["rows"] == "line 3" and "100000000000" in e.value.parts["found"]
 
 
 @pytest.mark.parametrize("kind, values", [("timestamp[us]", [1_400_000_000_000_000]), ("timestamp[ns, tz=UTC]", [1_400_000_000_000_000_000]), ("date32", [16203]), ("int64", [1_400_000_000]), ("float64", [1.4e9]), ("int32", [1_400_000_000])])
@@ -224,7 +275,7 @@ def test_events_within_a_second_keep_their_order_and_are_not_one(tmp_path):
     (tmp_path / "log.csv").write_text("user,item,time\n" + "".join(f"u,{i},14000000000{ms}\n" for i, ms in (("a", "90"), ("b", "10"), ("c", "50"), ("a", "95"))))
     assert [i for _, i in items_of(table_source(tmp_path / "log.csv"))] == ["b", "c", "a", "a"]
     with read_log(table_source(tmp_path / "log.csv")) as log:
-        assert log.repeated == 0 and "moment" not in next(log.frames())
+        assert log.repeated == 0 and next(log.frames())["timestamp"].tolist() == [1_400_000_000] * 4
 
 
 def test_filtering_users_leaves_the_catalogue(tmp_path):

@@ -15,7 +15,7 @@ from recgen.core.errors import InputError, ParameterError
 from recgen.core.hashing import hash_data
 from recgen.formats.embeddings import load_embeddings
 from recgen.sources.embedding_service import EmbeddingService
-from recgen.sources.encoders import ENCODER_PARAMETERS, check_items, encoder_identity, item_vectors, make_encoder
+from recgen.sources.encoders import ENCODER_PARAMETERS, encoder_identity, item_vectors, make_encoder
 from recgen.sources.sequences import read_item_lines
 from recgen.sources.text import encode_texts
 from recgen.sources.vectors import GivenVectors, SvdEncoder, given_vectors, hashed_direction
@@ -357,17 +357,31 @@ def test_what_decides_a_run(tmp_path, monkeypatch):
     assert values == {"seed": 3, "k_core": 5, "encoder": "a.npy", "encoder_dimensions": 0} and inputs == {"encoder_files": path, "encoder_ids": tmp_path / "a.ids.txt"}
 
 
+class Asked:
+    "An encoder that keeps what it is asked for."
+
+    name = "asked"
+
+    def __init__(self):
+        self.texts = []
+
+    def encode(self, texts):
+        self.texts += texts
+        return np.ones((len(texts), 2), np.float32)
+
+
 def test_items_become_vectors_whatever_the_encoder(tmp_path):
     given = make_encoder(str(saved(OF_RAW)(tmp_path)))
     vectors, facts = item_vectors(ITEMS, given, "{no} {such}")
     assert vectors[:, 0].tolist() == WANTED and facts == {"encoder": "a.npy", "revision": "", "dimensions": 2}
-    check_items(ITEMS, given)
-    check_items(ITEMS, None)
     with pytest.raises(InputError, match="items have no vector"):
-        check_items(ITEMS.assign(raw_id=list("wxyz"), item_id=[7, 8, 9, 10]), given)
+        item_vectors(ITEMS.assign(raw_id=list("wxyz"), item_id=[7, 8, 9, 10]), given)
     vectors, facts = item_vectors(ITEMS.assign(genres=[["Drama"], [], ["Drama"], None]), SvdEncoder(3))
     assert facts["template"] == "{title} {genres}" and vectors.shape == (4, 3)
-    with pytest.raises(InputError, match="do not have"):
-        check_items(ITEMS, SvdEncoder(), "{brand}")
+    asked = Asked()
+    with pytest.raises(InputError, match="do not have") as e:
+        item_vectors(ITEMS, asked, "{brand}", file="shop.csv")
+    assert "shop.csv" in str(e.value.parts["file"])
     with pytest.raises(InputError, match="none of the columns"):
-        check_items(ITEMS[["item_id", "raw_id"]], SvdEncoder())
+        item_vectors(ITEMS[["item_id", "raw_id"]], asked)
+    assert not asked.texts, "nothing is encoded, or paid for, before the items are known to fit"

@@ -4,11 +4,15 @@
 
 # %% auto #0
 __all__ = ['item_table', 'id_of', 'user_table', 'relation_tables', 'vector_columns', 'add_vectors', 'default_encoder',
-           'read_parts', 'check_columns', 'save_log', 'make_dataset', 'world_parts', 'save_world']
+           'read_parts', 'check_columns', 'save_log', 'world_parts', 'save_world', 'Prepared', 'prepared_log',
+           'prepared_world', 'make_dataset']
 
-# %% ../../nbs/sources/18_assemble.ipynb #07c2e933
+# %% ../../nbs/sources/18_assemble.ipynb #7989b7a3
 import os
 import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +23,8 @@ import torch
 from ..core.errors import InputError, first_few
 from ..core.files import TEMPORARY, write_json, write_parquet, write_tensors
 from ..formats.dataset import LEAVE_ONE_OUT, Dataset, check_info, check_items, write_dataset, write_info
+from ..formats.statistics import PartCounts
 from .catalogue import WorldSettings
-from .encoders import check_items as check_vectors
 from .encoders import item_vectors, make_encoder
 from .log import Log, Source, read_log, write_interactions
 from .text import vector_table
@@ -85,15 +89,18 @@ def vector_columns(log: Log, items: pd.Series):
                          mend="add them, or leave these vectors away and choose an encoder")
     return rows.assign(ItemID=items.to_numpy()).reset_index(drop=True)[["ItemID", *[c for c in rows]]]
 
-# %% ../../nbs/sources/18_assemble.ipynb #a5c65b29
+# %% ../../nbs/sources/18_assemble.ipynb #69c9f46f
 def add_vectors(
     parts: dict,  # of a source
-    encoder,  # of sources.encoders
-    template: str = "",
+    encoder,  # of sources.encoders; None: the parts stay as they are
+    template: str = "",  # what it reads of an item; "": title, brand, categories as far as there are
     batch_size: int = 64,  # texts at once
+    file="items.parquet",  # for messages
 ) -> dict:
     "The parts with item_emb from the items' texts, and under `text` what dataset.json says about it."
-    vectors, facts = item_vectors(parts["items"], encoder, template, batch_size)
+    if encoder is None:
+        return parts
+    vectors, facts = item_vectors(parts["items"], encoder, template, batch_size, file)
     return {**parts, "item_emb": vector_table(parts["items"]["item_id"], vectors, parts.get("item_emb")), "text": facts}
 
 
@@ -122,7 +129,7 @@ def check_columns(frame, name: str, file):
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as e:
             raise InputError(f"a column of the {name} holds values of several kinds", file=file, column=column, found=str(e)[:120], expected="numbers, text or lists of them alone", mend="write all of it as text") from e
 
-# %% ../../nbs/sources/18_assemble.ipynb #5dd21bcb
+# %% ../../nbs/sources/18_assemble.ipynb #799f5531
 def save_log(
     folder,  # where to
     log: Log,
@@ -140,33 +147,7 @@ def save_log(
     known = {"source": log.source.kind, "licence": log.source.licence, "tie_policy": log.tie_policy, "split": log.split, "repeated_rows": log.repeated, "leaky_relations": sorted(parts["relations"])}
     return write_info(folder, {**known, **info, **facts, "n_items": len(parts["items"])}, ["interactions.parquet", *tables])
 
-
-def make_dataset(
-    source: Source,  # such as table_source("log.csv", "user=customer item=sku timestamp=when")
-    folder,  # the dataset folder; it must not hold one
-    name: str = "",  # of the dataset; "": the file's name
-    encoder: str = "",  # "": svd where the source has texts and no vectors; none; any of make_encoder
-    template: str = "",  # what it reads of an item; "": title, brand, categories as far as there are
-    **how,  # of read_log: k_core, min_user, tie_policy, split, …
-) -> dict:  # dataset.json's content
-    "A dataset folder from a source, without a run around it."
-    folder, name = Path(folder), name or source.file.name.split(".")[0]
-    check_info({"name": name})
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError("the folder is not empty", file=folder, found=first_few(sorted(p.name for p in folder.iterdir())), expected="an empty folder, or one that is not there yet", mend="choose another folder")
-    how = {"k_core": source.k_core} | how
-    model = make_encoder(default_encoder(encoder, source))
-    with read_log(source, **how) as log:
-        parts = read_parts(log)
-        check_vectors(parts["items"], model, template, source.file)
-        parts = add_vectors(parts, model, template) if model else parts
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder.parent) as place:  # a killed process leaves no half of a dataset
-            facts = save_log(Path(place) / "new", log, parts, {"name": name, "k_core": how["k_core"], **({"text": parts["text"]} if model else {})})
-            os.replace(Path(place) / "new", folder)
-        return facts
-
-# %% ../../nbs/sources/18_assemble.ipynb #7ee77fc4
+# %% ../../nbs/sources/18_assemble.ipynb #d2283223
 def world_parts(n_users: int, n_items: int, seed: int) -> dict:
     "The planted world as the parts that a log gives, with its interactions, its oracle and its impressions."
     world = make_world(WorldSettings(n_users=n_users, n_items=n_items, seed=seed))
@@ -182,5 +163,66 @@ def save_world(folder: Path, parts: dict, info: dict) -> dict:
     write_json(folder / "oracle.json", parts["oracle"])
     for name, arrays in parts["oracle_tables"].items():
         write_tensors(folder / "oracle" / f"{name}.safetensors", {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()})
-    facts = {"source": "world", "licence": "Apache-2.0", "k_core": 0, "leaky_relations": [], "repeated_rows": 0}
+    rows, counts = dataset.all_rows_with_held_out(), PartCounts()
+    counts.add(rows, rows["split"].to_numpy())
+    facts = {"source": "world", "licence": "Apache-2.0", "k_core": 0, "leaky_relations": [], "repeated_rows": 0, **counts.facts()}
     return write_dataset(folder, dataset, tables | {"item_emb.parquet": parts["item_emb"]}, facts | info)
+
+# %% ../../nbs/sources/18_assemble.ipynb #58753402
+@dataclass
+class Prepared:
+    "A dataset of which everything is known and nothing is written."
+
+    parts: dict  # items, users, …; under `text` what an encoder made of the items, if there is one
+    repeated: int  # rows that were there twice and count once
+    write: Callable  # function of (folder, facts) that writes them, and gives dataset.json's content
+    chosen: dict  # what dataset.json says of the choices that were made
+
+    def save(self, folder, name: str) -> dict:  # dataset.json's content
+        "Write the dataset folder; dataset.json is written last."
+        return self.write(Path(folder), {"name": name, **self.chosen, **({"text": self.parts["text"]} if "text" in self.parts else {})})
+
+
+@contextmanager
+def prepared_log(
+    source: Source,
+    encoder=None,  # of make_encoder
+    template: str = "",  # what it reads of an item
+    batch_size: int = 64,  # texts at once
+    k_core: int = -1,  # least interactions of a user and an item; -1: as is usual for the source
+    min_user: int = 0,  # least interactions of a user, where that is more
+    **how,  # of read_log: tie_policy, split, …
+):  # Prepared
+    "The dataset that a log becomes, while the log's spool is open."
+    k_core = source.k_core if k_core == -1 else k_core
+    with read_log(source, k_core, min_user, **how) as log:
+        parts = add_vectors(read_parts(log), encoder, template, batch_size, source.file)
+        yield Prepared(parts, log.repeated, lambda folder, facts: save_log(folder, log, parts, facts), {"k_core": k_core, "min_user": min_user})
+
+
+@contextmanager
+def prepared_world(n_users: int, n_items: int, seed: int, encoder=None, template: str = "", batch_size: int = 64):  # Prepared
+    "The same for the planted world."
+    parts = add_vectors(world_parts(n_users, n_items, seed), encoder, template, batch_size, "world")
+    yield Prepared(parts, 0, lambda folder, facts: save_world(folder, parts, facts), {})
+
+# %% ../../nbs/sources/18_assemble.ipynb #a7819f5f
+def make_dataset(
+    source: Source,  # such as table_source("log.csv", "user=customer item=sku timestamp=when")
+    folder,  # the dataset folder; it must not hold one
+    name: str = "",  # of the dataset; "": the file's name
+    encoder: str = "",  # "": svd where the source has texts and no vectors; none; any of make_encoder
+    template: str = "",  # what it reads of an item; "": title, brand, categories as far as there are
+    **how,  # of prepared_log: k_core, min_user, tie_policy, split, …
+) -> dict:  # dataset.json's content
+    "A dataset folder from a source, without a run around it."
+    folder, name = Path(folder), name or source.file.name.split(".")[0]
+    check_info({"name": name})
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError("the folder is not empty", file=folder, found=first_few(sorted(p.name for p in folder.iterdir())), expected="an empty folder, or one that is not there yet", mend="choose another folder")
+    with prepared_log(source, make_encoder(default_encoder(encoder, source)), template, **how) as dataset:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder.parent) as place:  # a killed process leaves no half of a dataset
+            facts = dataset.save(Path(place) / "new", name)
+            os.replace(Path(place) / "new", folder)
+        return facts

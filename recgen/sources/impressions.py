@@ -7,7 +7,7 @@ __all__ = ['CLICK_ROLES', 'WHOLE', 'OWN', 'ClickPart', 'open_part', 'part_faults
            'timed_clicks', 'known_sequences', 'catalogue_keys', 'item_columns', 'item_table', 'rekey', 'rekey_lists',
            'ClickLog', 'numbered_rows', 'check_items_known', 'click_source', 'impressions_source']
 
-# %% ../../nbs/sources/14_impressions.ipynb #4e68806f
+# %% ../../nbs/sources/14_impressions.ipynb #d2a73629
 import glob
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,10 @@ import pyarrow.compute as pc
 
 from ..core.errors import InputError, first_few
 from ..core.files import read_parquet
-from .log import Source, ask, columns_of, name_sql, open_spool, refusals, text_sql
+from .log import SECOND, Source, ask, columns_of, name_sql, open_spool, refusals, text_sql
 from .tables import ITEM_ROLES, ROLES, as_list, column_map, key_sql, time_sql, time_unit
 
-# %% ../../nbs/sources/14_impressions.ipynb #6e5e11a3
+# %% ../../nbs/sources/14_impressions.ipynb #b0866449
 CLICK_ROLES = {
     "user": ROLES["user"],
     "item": ROLES["item"],
@@ -61,7 +61,7 @@ class ClickPart:
         return {c: f"source_{c}" if c.lower() in OWN else c for c in self.types if c not in self.roles.values()}
 
     def rows(self, extra=()) -> str:  # SQL
-        "The rows as they are meant: part, n, user, item, label, item_seq without padding, timestamp where there are times, and further columns."
+        "The rows as they are meant: part, n, user, item, label, item_seq without padding, timestamp (microseconds) where there are times, and further columns."
         history = name_sql(self.roles["history"]) if "history" in self.roles else "[]"
         kind, padding = ("BIGINT[]", "0") if self.whole_items else ("VARCHAR[]", "''")
         columns = [f"{('train', 'valid', 'test').index(self.name)} AS part", "file_row_number AS n", f"{self.key('user')} AS user", f"{self.key('item')} AS item",
@@ -77,7 +77,7 @@ class ClickPart:
         user = name_sql(self.roles["user"])
         return f"(FROM {rows} LEFT JOIN (SELECT {user}, item_seq FROM read_parquet({text_sql(glob.escape(str(self.histories)))}, hive_partitioning = false)) USING ({user}))" if self.histories else rows
 
-    def time(self) -> str:  # SQL
+    def time(self) -> str:  # SQL, microseconds
         return time_sql(None, "", self.roles["timestamp"], self.types[self.roles["timestamp"]], self.unit)
 
 # %% ../../nbs/sources/14_impressions.ipynb #2b1e41df
@@ -144,18 +144,18 @@ def check_part(connection, part: ClickPart):
         raise InputError("labels are of one class", file=part.file, column=part.roles["label"], found=f"{n:,} rows, all {low:g}", expected="clicks and rows without a click")
     part.labelled = part.labelled and low != high
 
-# %% ../../nbs/sources/14_impressions.ipynb #f0796e8b
+# %% ../../nbs/sources/14_impressions.ipynb #4606dd99
 def union_sql(parts: list, extra=()) -> str:
     "The rows of several parts as SQL; columns that a part lacks are missing there."
     return "(" + " UNION ALL BY NAME ".join(f"({p.rows([c for c in extra if c in p.extra])})" for p in parts) + ")"
 
 
-def time_split(connection, parts: dict) -> dict:  # {} where the parts do not follow one another in time
+def time_split(connection, parts: dict) -> dict:  # seconds; {} where the parts do not follow one another in time
     "The split at the first validation row; test begins with the first test row, or in the middle of the validation rows."
     timed = [p for p in parts.values() if "timestamp" in p.roles]
     if not {"train", "valid"} <= {p.name for p in timed}:
         return {}
-    bounds = {p.name: ask(connection, f"SELECT min(timestamp), max(timestamp), quantile_disc(timestamp, 0.5) FROM ({p.rows()})")[0] for p in timed}
+    bounds = {p.name: [time // SECOND for time in ask(connection, f"SELECT min(timestamp), max(timestamp), quantile_disc(timestamp, 0.5) FROM ({p.rows()})")[0]] for p in timed}
     if any(bounds[a][1] >= bounds[b][0] for a, b in zip(bounds, list(bounds)[1:], strict=False)):
         return {}
     first, _, middle = bounds["valid"]
@@ -236,7 +236,7 @@ def rekey_lists(
     offsets = np.append(0, pc.list_value_length(lists).to_numpy(zero_copy_only=False).cumsum())
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(rekey(pc.list_flatten(lists), ids), pa.int32()))
 
-# %% ../../nbs/sources/14_impressions.ipynb #92bc9e38
+# %% ../../nbs/sources/14_impressions.ipynb #34f1ec7f
 class ClickLog:
     "A click log that was checked: `facts`, `number_users(users)`, and, called with the dataset's numbers, its parts."
 
@@ -281,7 +281,7 @@ def numbered_rows(rows, users: pd.Series, items: pd.Series, start: int, part: Cl
         raise InputError("impressions name items that the dataset does not have", file=part.file, column=part.roles["item" if (item < 0).any() else "history"], rows=row[lost].tolist(), found=f"{len(lost)} such rows among the first that were read",
                          expected="every item of the log in the catalogue", mend="-p k_core 0: a click log keeps its items")
     columns = {"row_id": start + row, "user_id": rekey(rows["user"].combine_chunks(), users), "item_id": item, "label": rows["label"].cast(pa.int8()), "item_seq": lists}
-    columns |= {c: rows[c] for c in rows.column_names if c == "timestamp" or c not in OWN}
+    columns |= {c: rows[c].to_numpy() // SECOND if c == "timestamp" else rows[c] for c in rows.column_names if c == "timestamp" or c not in OWN}
     return pa.table(columns)
 
 # %% ../../nbs/sources/14_impressions.ipynb #4785ef1e

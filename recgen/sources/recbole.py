@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TYPES', 'check_headers', 'read_atomic', 'typed_column', 'inter_columns', 'recbole_source', 'read_side', 'item_frame']
 
-# %% ../../nbs/sources/17_recbole.ipynb #3da2dc37
+# %% ../../nbs/sources/17_recbole.ipynb #97107ac3
 import glob
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core.errors import InputError, first_few
 from .log import Source, name_sql, open_spool, refusals, text_sql
-from .tables import key_sql, moment_sql, number_sql, time_sql
+from .tables import key_sql, number_sql, time_sql
 
 # %% ../../nbs/sources/17_recbole.ipynb #95f7376f
 TYPES = ("token", "token_seq", "float", "float_seq")
@@ -73,7 +73,7 @@ def typed_column(values, kind: str, name: str, path):
                          expected="a number", mend="correct the line, or declare the column a token")
     return numbers.astype(np.float64) if kind == "float" else numbers.groupby(level=0).agg(list)
 
-# %% ../../nbs/sources/17_recbole.ipynb #363d7e8a
+# %% ../../nbs/sources/17_recbole.ipynb #76436e7a
 def inter_columns(path) -> dict:  # {name: type}
     "Names and types of an .inter file by its first line. InputError for what is no header."
     with open(path, encoding="utf-8-sig") as f:
@@ -106,8 +106,7 @@ def recbole_source(
     source = Source("recbole", path, table, key_sql("user_id", "VARCHAR"), key_sql("item_id", "VARCHAR"), first_line=2, raw={c: (c, name_sql(c)) for c in ("timestamp", "rating")} | {"user": ("user_id", "user_id"), "item": ("item_id", "item_id")})
     if "timestamp" in types:
         with open_spool() as connection, refusals(source):
-            place = (connection, table, "timestamp", "VARCHAR", "auto", path)
-            source.timestamp, source.moment = time_sql(*place), moment_sql(*place)
+            source.timestamp = time_sql(connection, table, "timestamp", "VARCHAR", "auto", path)
     if types.get("rating") == "float":
         source.rating = number_sql("rating")
     side = {kind: read_side(path.with_suffix("." + kind), kind) for kind in ("item", "user")}

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'FILES', 'NOT_DECIDING', 'OF_LOGS', 'RULES', 'recognise', 'published', 'choose_source', 'open_source',
-           'run_identity', 'make_folder', 'with_vectors', 'begin', 'plot_log', 'check_parameters', 'dataset_name',
-           'check_place']
+           'run_identity', 'make_folder', 'begin', 'plot_log', 'check_parameters', 'dataset_name', 'check_place']
 
-# %% ../../nbs/00_data.ipynb #1be1971c
+# %% ../../nbs/00_data.ipynb #9388cae5
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +18,10 @@ from ..core.plots import new_figure, plot_tail
 from ..formats.dataset import check_info
 from ..sources.amazon import amazon_source
 from ..sources.archives import unpack
-from ..sources.assemble import add_vectors, read_parts, save_log, save_world, world_parts
-from ..sources.encoders import check_items, encoder_identity
+from ..sources.assemble import Prepared, prepared_log, prepared_world
+from ..sources.encoders import encoder_identity
 from ..sources.impressions import impressions_source
-from ..sources.log import Source, read_log
+from ..sources.log import Source
 from ..sources.microlens import microlens_source
 from ..sources.movielens import movielens_source
 from ..sources.published import MOVIELENS, obtain
@@ -125,36 +124,30 @@ def run_identity(p, kind: str, path, encoder=None) -> tuple:  # (values, inputs)
     inputs = {**({"data_path": path} if path else {}), **({"items_path": resolve(p.items_path)} if p.items_path else {}), **inputs}
     return {**{k: v for k, v in values.items() if k not in others}, "source": kind}, inputs
 
-# %% ../../nbs/00_data.ipynb #8590714e
+# %% ../../nbs/00_data.ipynb #4c63742b
 def make_folder(run, source, p, encoder) -> dict:
     "Read, check and encode everything, then write the dataset folder of a run. Returns dataset.json's content."
+    texts = {"encoder": encoder, "template": p.text_template, "batch_size": p.encoder_batch_size}
     if source is None:
-        parts = with_vectors(world_parts(p.n_users, p.n_items, p.seed), encoder, p, "world")
-        if begin(run, encoder, parts, 0):
+        prepared = prepared_world(p.n_users, p.n_items, p.seed, **texts)
+    else:
+        how = {name: getattr(p, name) for name in ("k_core", "min_user", "tie_policy", "split", "valid_from", "test_from", "memory_mb")}
+        prepared = prepared_log(source, **texts, **how, spool_dir=resolve(p.spool_dir) if p.spool_dir else None)
+    with prepared as dataset:
+        if begin(run, encoder, dataset):
             return read_json(run.folder / "dataset.json")
-        return save_world(run.folder, parts, {"name": run.dataset, **({"text": parts["text"]} if encoder else {})})
-    k_core = source.k_core if p.k_core < 0 else p.k_core
-    with read_log(source, k_core, p.min_user, p.tie_policy, p.split, p.valid_from, p.test_from, resolve(p.spool_dir) if p.spool_dir else None, p.memory_mb) as log:
-        parts = with_vectors(read_parts(log), encoder, p, source.file)
-        if begin(run, encoder, parts, log.repeated):
-            return read_json(run.folder / "dataset.json")
-        return save_log(run.folder, log, parts, {"name": run.dataset, "k_core": k_core, "min_user": p.min_user, **({"text": parts["text"]} if encoder else {})})
+        return dataset.save(run.folder, run.dataset)
 
 
-def with_vectors(parts: dict, encoder, p, file) -> dict:
-    "The parts with the encoder's vectors, if there is one."
-    check_items(parts["items"], encoder, p.text_template, file)
-    return add_vectors(parts, encoder, p.text_template, p.encoder_batch_size) if encoder else parts
-
-
-def begin(run, encoder, parts: dict, repeated: int) -> bool:
+def begin(run, encoder, dataset: Prepared) -> bool:
     "Take the run's folder, and log what was found. True if another process has finished the very run meanwhile."
     run.begin()
     if run.finished:
         return True
+    parts = dataset.parts
     log, facts = run.start_log(run.values["source"]), parts.get("text", {})
-    if repeated:
-        log.info("%d rows were there twice and count once", repeated)
+    if dataset.repeated:
+        log.info("%d rows were there twice and count once", dataset.repeated)
     untitled = int((parts["items"]["title"] == "").sum())
     if untitled:
         log.info("%d of %d items have no title", untitled, len(parts["items"]))
