@@ -21,7 +21,8 @@ def test_the_world_goes_through_and_is_reused(runs):
     names = stage_runs.run_stage("05_ctr", whole=True, **SMALL)
     run = names["run"]
     table = pd.read_parquet(run.folder / "results.parquet").set_index("run")
-    assert {"no_history", "none", "vectors", "codes", "both", "user + item", "item mean", "history length", "target only", "global rate"} == set(table.index) - {"user mean"}
+    assert {"no_history", "none", "vectors", "codes", "both", "user + item", "item mean", "history length", "target only", "global rate"} == set(table.index) - {"user mean", "possible"}
+    assert table["auc"].idxmax() == "possible" and table.loc["possible", "leaky"] and names["table"].iloc[0]["run"] != "possible"
     assert table.loc["none", "auc"] > 0.5 and table.loc["global rate", "auc"] == 0.5 and set(table["split"]) == {"test"}
     told = pd.read_parquet(run.folder / "predictions.parquet")
     assert told["row_id"].is_unique and told["score"].between(0, 1).all() and set(told["part"]) == {"valid", "test"}

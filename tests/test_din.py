@@ -8,7 +8,17 @@ import torch.nn.functional as F
 
 from recgen.clicks.data import Clicks
 from recgen.clicks.din import Din, DinConfig, TargetAttention, segment_softmax
-from recgen.clicks.features import CodeMean, FeatureConfig, ItemEncoder, code_mean, features_of, item_table, numbered
+from recgen.clicks.features import (
+    CodeMean,
+    FeatureConfig,
+    ItemEncoder,
+    ItemTable,
+    code_mean,
+    features_of,
+    item_table,
+    numbered,
+    pooled_codes,
+)
 from recgen.core.errors import InputError
 from recgen.core.files import write_torch
 from recgen.core.ragged import Ragged
@@ -67,7 +77,7 @@ def plain_item(model, table, i):
     for a, b in c.code_groups if c.n_codes else []:
         some = table.codes[i, a:b]
         some = some[some > 0].long()
-        parts.append(encoder.book.weight[some].mean(0) if len(some) else torch.zeros(c.width, dtype=encoder.book.weight.dtype))
+        parts.append(encoder.book.weight[some].sum(0) / len(some) ** 0.5 if len(some) else torch.zeros(c.width, dtype=encoder.book.weight.dtype))
     if c.vector_width:
         parts.append(encoder.project(table.vectors[i].to(encoder.project.weight.dtype)))
     return torch.cat(parts)
@@ -276,6 +286,18 @@ def test_pooled_codes_and_their_gradient(rows_at_once):
     wanted = torch.autograd.grad((plain * target).sum(), book)[0]
     for pooled in (CodeMean.apply(codes, book), code_mean(codes, book), F.embedding_bag(codes, book, mode="mean", padding_idx=0)):
         assert torch.allclose(pooled, plain) and torch.allclose(torch.autograd.grad((pooled * target).sum(), book)[0], wanted)
+
+
+@pytest.mark.parametrize("how", ["mean", "sqrtn", "sum"])
+def test_codes_are_pooled_over_those_that_are_there(how):
+    codes, book = torch.tensor([[1, 2, 2, 0], [3, 0, 0, 0], [0, 0, 0, 0]]), torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    n = {"mean": 3.0, "sqrtn": 3.0**0.5, "sum": 1.0}[how]
+    wanted = torch.stack([(book[1] + 2 * book[2]) / n, book[3], torch.zeros(5)])
+    assert torch.allclose(pooled_codes(codes, book, how), wanted, atol=1e-6)
+    config = FeatureConfig(2, item_id=False, n_codes=3, code_columns=4, code_groups=[[0, 4]], width=5, code_pooling=how)
+    encoder = ItemEncoder(config).load_table(ItemTable(2, codes=codes[[2, 0, 1]].int()))
+    encoder.book.weight.data.copy_(book)
+    assert torch.allclose(encoder(torch.tensor([1, 2, 0])), wanted, atol=1e-6)
 
 
 # --- the item table

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ItemTable', 'numbered', 'numbered_lists', 'vector_rows', 'check_code_rows', 'item_table', 'FeatureConfig',
-           'features_of', 'CodeMean', 'code_mean', 'IdEmbedding', 'ItemEncoder']
+           'features_of', 'CodeMean', 'code_mean', 'pooled_codes', 'IdEmbedding', 'ItemEncoder']
 
 # %% ../../nbs/clicks/03_features.ipynb #832aaaab
 from dataclasses import dataclass, field
@@ -112,7 +112,7 @@ def item_table(
         code_groups = named[code_groups] if isinstance(code_groups, str) else [list(g) for g in code_groups]
     return ItemTable(n, single, several, codes, code_groups, None if vectors is None else vector_rows(vectors, n))
 
-# %% ../../nbs/clicks/03_features.ipynb #ca39bf2b
+# %% ../../nbs/clicks/03_features.ipynb #3bcaeed6
 @dataclass
 class FeatureConfig:
     "Which features a model reads, and their sizes. `features_of` fills it from a table and the training rows."
@@ -129,6 +129,7 @@ class FeatureConfig:
     context: dict = field(default_factory=dict)  # {name: distinct values; 0 for a number that is read as it is}
     width: int = 32  # of each embedding
     lazy_rows: int = 20_000  # id tables of at least so many rows have sparse gradients: see clicks.training
+    code_pooling: str = "sqrtn"  # of an item's codes: mean, sqrtn, sum
 
     @property
     def item_width(self) -> int:
@@ -145,6 +146,7 @@ def features_of(
     context=(),  # names of context columns to read
     width: int = 32,
     lazy_rows: int = 20_000,
+    code_pooling: str = "sqrtn",
 ) -> FeatureConfig:
     "The configuration of everything that `table` holds."
     absent = [c for c in context if c not in train.context]
@@ -155,12 +157,12 @@ def features_of(
         table.n_items, int(train.users.max()) if user_id else 0, item_id, {k: int(v.max()) for k, v in table.columns.items()},
         {k: [int(v.values.max()) if len(v.values) else 0, len(v.values)] for k, v in table.lists.items()},
         int(table.codes.max()) if table.codes is not None else 0, table.codes.shape[1] if table.codes is not None else 0, table.code_groups or [],
-        table.vectors.shape[1] if table.vectors is not None else 0, sizes, width, lazy_rows)
+        table.vectors.shape[1] if table.vectors is not None else 0, sizes, width, lazy_rows, code_pooling)
     if not config.item_width:
         raise InputError("an item has no feature", column="item_id, columns, lists, codes, vectors", found="none of them", expected="at least one")
     return config
 
-# %% ../../nbs/clicks/03_features.ipynb #8d7a2508
+# %% ../../nbs/clicks/03_features.ipynb #015b1565
 class CodeMean(torch.autograd.Function):
     "Mean of the embeddings of each row's codes, 0 left out; the codebook's gradient is histogramᵀ · gradient."
 
@@ -192,6 +194,14 @@ def code_mean(codes, book):  # (U, L), (K + 1, d) → (U, d)
         return CodeMean.apply(codes, book)
     return F.embedding_bag(codes, book, mode="mean", padding_idx=0)
 
+
+def pooled_codes(codes, book, how: str = "sqrtn"):  # (U, L), (K + 1, d) → (U, d)
+    "Sum of code embeddings over n, √n or 1 (mean, sqrtn, sum), n being the codes that are there."
+    if how == "mean":
+        return code_mean(codes, book)
+    n = (codes > 0).sum(1, keepdim=True).to(book.dtype)
+    return code_mean(codes, book) * (n.sqrt() if how == "sqrtn" else n)
+
 # %% ../../nbs/clicks/03_features.ipynb #2cdcaf18
 class IdEmbedding(nn.Module):
     "Embeddings of ids 1 … n; row 0 stands for every id that training has not seen."
@@ -219,7 +229,7 @@ class IdEmbedding(nn.Module):
     def forward(self, ids):
         return self.table(self.rows(ids))
 
-# %% ../../nbs/clicks/03_features.ipynb #3d3badd8
+# %% ../../nbs/clicks/03_features.ipynb #7a1f2f7a
 class ItemEncoder(nn.Module):
     "Item ids → (U, item_width): everything that is known of each, pooled."
 
@@ -259,5 +269,5 @@ class ItemEncoder(nn.Module):
             rows = Ragged(getattr(self, f"list_values_{i}"), getattr(self, f"list_offsets_{i}")).select(ids)
             several.append(F.embedding_bag(rows.values, table.weight, rows.offsets[:-1], mode="mean"))
         codes = self.codes[ids].long() if self.book else None
-        pooled = [code_mean(codes[:, a:b], self.book.weight) for a, b in self.config.code_groups] if self.book else []
+        pooled = [pooled_codes(codes[:, a:b], self.book.weight, self.config.code_pooling) for a, b in self.config.code_groups] if self.book else []
         return torch.cat([*([self.ids(ids)] if self.ids else []), *single, *several, *pooled, *([self.project(self.vectors[ids])] if self.project else [])], dim=1)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KNOWN', 'CODES', 'ARMS', 'RULES', 'dataset_folder', 'context_columns', 'read_parts', 'judged', 'vector_columns',
            'modality_name', 'read_vectors', 'train_codes', 'read_codes', 'in_processes', 'made_from', 'sources_of',
-           'code_tables', 'wanted_arms', 'item_columns', 'arm_table', 'train_arm', 'file_name', 'save_results']
+           'code_tables', 'wanted_arms', 'item_columns', 'arm_table', 'train_arm', 'file_name', 'save_results',
+           'finding']
 
 # %% ../../nbs/05_ctr.ipynb #6e94650c
 import re
@@ -160,7 +161,7 @@ def sources_of(p, dataset) -> dict:  # {ingredient of an arm: Provenance}
     ids = [resolve(p.semantic_ids)] if p.semantic_ids else []
     return {name: made_from(places, dataset) for name, places in (("vectors", vectors), ("codes", codes), ("semantic_ids", ids))}
 
-# %% ../../nbs/05_ctr.ipynb #2f0d0451
+# %% ../../nbs/05_ctr.ipynb #0f9875a5
 ARMS = {  # arm: what it reads beside ids and categories
     "no_history": (), "none": (), "vectors": ("vectors",), "codes": ("codes",), "both": ("codes", "vectors"), "semantic_ids": ("semantic_ids",), "prefixes": ("semantic_ids", "prefixes"),
 }
@@ -208,7 +209,7 @@ def arm_table(items, arm: str, tables: dict, vectors: dict, supplied: bool = Tru
 def train_arm(name: str, table, parts: dict, chosen_on, p, seed: int, folder: Path, identity: dict, log, live=None):
     "A DIN on the training rows, its epoch chosen by AUC. Returns the model."
     context = [c for c in parts["train"].context if c not in ("timestamp",)]
-    features = features_of(table, parts["train"], p.user_id, True, context, p.embedding_dim)
+    features = features_of(table, parts["train"], p.user_id, True, context, p.embedding_dim, code_pooling=p.code_pooling)
     config = DinConfig(features, list(map(int, p.attention)), list(map(int, p.mlp)), "none" if name == "no_history" else p.history, p.softmax, p.activation, batch_norm=p.batch_norm, dropout=p.dropout,
                        history_dropout=p.history_dropout, embedding_l2=p.embedding_l2, unknown_rate=p.unknown_rate)
     settings = TrainSettings(epochs=p.epochs, batch_size=p.batch_size, learning_rate=p.learning_rate, weight_decay=p.weight_decay, grad_clip=p.grad_clip, scheduler=p.scheduler, best_metric="valid/auc",
@@ -237,9 +238,27 @@ def save_results(folder: Path, results: dict, parts: dict, scores: dict, p, sour
         write_submission(folder / "submission", submission_ids(source, p.id_column), scores["test"].numpy(), p.submission_column)
     return table, differences
 
-# %% ../../nbs/05_ctr.ipynb #7df0e7a6
+# %% ../../nbs/05_ctr.ipynb #c02813c5
+def finding(table: pd.DataFrame, differences: pd.DataFrame, metrics: dict, possible: float = None) -> str:
+    "In words: the best arm and the best that needs no model, what was possible, and each arm's difference from the reference. What is leaky has no part in it."
+    clean, own = table[table["leaky"] == ""], [*ARMS, "ensemble"]
+    arms, others = clean[clean["run"].isin(own)], clean[~clean["run"].isin(own)]
+    if not len(arms):
+        return "Every arm knows held-out rows: there is no figure to report."
+    best, other = arms.iloc[0], others.iloc[0]
+    lines = [f"{best['run']} has the largest AUC of the arms, {best['auc']:.4f} [{best['auc/low']:.4f}, {best['auc/high']:.4f}]; without a model {other['run']} reaches {other['auc']:.4f}."]
+    if best["split"] == "valid":
+        known = {name: metrics[f"{name}/all of validation/auc"] for name in (*arms["run"], other["run"]) if name in ARMS or name == other["run"]}
+        lines.append("On all of validation, of which the earlier half chose the epochs: " + ", ".join(f"{name} {auc:.4f}" for name, auc in known.items()) + ".")
+    if possible:
+        lines.append(f"Possible on this world: {possible:.4f}.")
+    for _, d in differences[(differences["metric"] == "auc") & differences["run"].isin([*arms["run"], other["run"]])].iterrows():
+        lines.append(f"{d['run']} over {d['reference']}: {d['difference']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}], {'clear' if d['clear'] else 'not clear: the interval holds 0'}")
+    return "\n".join(lines)
+
+# %% ../../nbs/05_ctr.ipynb #f6329d72
 RULES = {
-    "vqvae": one_of("default", "original"), "main": one_of(*ARMS), "history": one_of("attention", "mean", "none"), "activation": one_of("dice", "relu"), "precision": one_of("no", "bf16", "fp16"),
+    "vqvae": one_of("default", "original"), "main": one_of(*ARMS), "history": one_of("attention", "mean", "none"), "code_pooling": one_of("sqrtn", "mean", "sum"), "activation": one_of("dice", "relu"), "precision": one_of("no", "bf16", "fp16"),
     "scheduler": one_of("constant", "linear", "cosine", "inverse_sqrt"), "log_level": one_of("DEBUG", "INFO", "WARNING", "ERROR"), "n_embed": at_least(2), "resamples": at_least(100),
     **{name: at_least(1) for name in ("tokens", "code_dim", "vqvae_epochs", "vqvae_batch_size", "embedding_dim", "epochs", "batch_size", "n_seeds", "num_processes")},
     **{name: at_least(0) for name in ("vqvae_learning_rate", "embedding_l2", "weight_decay", "grad_clip", "max_history", "learning_rate", "early_stop_patience", "seed")},
