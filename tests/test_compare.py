@@ -203,7 +203,7 @@ def test_any_of_the_seeds_names_the_reference():
     assert "base, HGT" in str(e.value)
 
 
-@pytest.mark.parametrize("labels, name", [(["HGT seed0", "HGT seed1"], "HGT"), (["text_s0", "text_s1"], "text"), (["a-1", "a-2"], "a"), (["x/1a", "y/2b"], "x/1a"), (["items1", "items2"], "items1"), (["lr 0.1 seed 1", "lr 0.1 seed 2"], "lr 0.1"), (["HGT", "HGT"], "HGT")])
+@pytest.mark.parametrize("labels, name", [(["HGT seed0", "HGT seed1"], "HGT"), (["text_s0", "text_s1"], "text"), (["a-1", "a-2"], "a"), (["x/1a", "y/2b"], "x/1a"), (["items1", "items2"], "items1"), (["lr 0.1 seed 1", "lr 0.1 seed 2"], "lr 0.1"), (["HGT", "HGT"], "HGT"), (["seed0", "seed1"], "seed0"), (["run s0/codes", "run s1/codes"], "run/codes"), (["a_0/both", "a_1/none"], "a_0/both")])
 def test_the_name_of_several_seeds(labels, name):
     assert seeds_label(labels) == name
 
@@ -237,6 +237,7 @@ def test_folders_by_name_wildcard_and_place(tmp_path):
     assert run_folders(f"seeds={tmp_path}/b/*") == [("seeds", tmp_path / "b/x"), ("seeds", tmp_path / "b/y")]
     assert run_folders(f"text + HGT = {tmp_path}/a/x") == [("text + HGT", tmp_path / "a/x")]
     assert run_folders(f"{tmp_path}/lr=1/run") == [("run", tmp_path / "lr=1/run")]
+    assert run_folders(f"A={tmp_path}/lr=1/run") == [("A", tmp_path / "lr=1/run")]
     with pytest.raises(InputError, match="no such run folder"):
         run_folders(f"{tmp_path}/c*")
     with pytest.raises(InputError, match="given twice"):
@@ -261,6 +262,13 @@ def test_another_ranking_of_the_same_name_says_beside_which_run_it_stood(shop):
     entries = read_entries(f"{shop}/text,{shop}/both,third={other}", "popularity")
     assert [e.label for e in entries] == ["text", "both", "third", "popularity", "popularity (beside third)"]
     assert entries[-1].result.metrics != entries[-2].result.metrics
+
+
+def test_a_baseline_that_was_trained_with_every_seed_is_one_row(shop):
+    for seed in (1, 2):
+        finished(shop / f"seed{seed}", "04_tiger", {"preset": "tiger", "seed": seed}, {"data_path": shop / "data"}, ranks=ranking(0.3, seed=seed), baselines={"SASRec": ranking(0.4, seed=seed), "popularity": ranking(0.1, seed=9)})
+    groups = grouped(read_entries(f"{shop}/seed1,{shop}/seed2", "all"))
+    assert {label: len(g) for label, g in groups.items()} == {"seed1": 2, "SASRec": 2, "popularity": 1}
 
 
 def test_a_sum_with_a_leaky_model_is_leaky(shop):
@@ -357,6 +365,8 @@ def test_the_stage_on_runs(shop, tmp_path):
     assert list(table.run)[0] == "text+HGT" and list(table.run)[-1] == "bought" and set(table.run) == {"text", "text+HGT", "HGT", "popularity", "bought"}
     assert table.set_index("run").seeds["text"] == 3 and table.set_index("run").leaky["bought"] == "also_bought"
     differences = read_parquet(run.path("differences.parquet")).to_pandas()
+    settings, cells = (read_parquet(run.path(f"{n}.parquet")).to_pandas() for n in ("settings", "ablation"))
+    assert settings.run.tolist() == ["text", "text+HGT", "HGT", "bought"] and set(cells.run) == {"text", "text+HGT", "HGT", "bought"} and cells.leaky[cells.run == "bought"].tolist() == ["also_bought"]
     assert set(differences.reference[differences.run != "text+HGT"]) == {"text"} and len(pd.read_csv(run.path("comparison.csv"))) == 5
     manifest = run.manifest
     assert manifest["dataset"] == "shop" and len(manifest["inputs"]) == 6 and "runs" not in manifest["parameters"] and str(tmp_path) not in str({k: v for k, v in manifest.items() if k != "environment"})
@@ -376,7 +386,7 @@ def test_the_stage_alone_compares_baselines_of_the_world(tmp_path):
     assert re.search(r"(item-kNN|EASE) is best", finding(names["table"], names["differences"], "ndcg@10"))
 
 
-@pytest.mark.parametrize("given, words", [({"metric": "mrr"}, "metric"), ({"metric": "ndcg@20"}, "cut-off"), ({"ks": [0]}, "ks"), ({"ks": []}, "ks"), ({"reference": "TIGER"}, "no such run"), ({"resamples": 5}, "resamples")])
+@pytest.mark.parametrize("given, words", [({"metric": "mrr"}, "metric"), ({"metric": "ndcg@20"}, "cut-off"), ({"metric": "auc"}, "these are rankings"), ({"axes": ["tokenizer"]}, "no two runs differ"), ({"arms": ["codes"]}, "only runs of 05_ctr"), ({"ks": [0]}, "ks"), ({"ks": []}, "ks"), ({"reference": "TIGER"}, "no such run"), ({"resamples": 5}, "resamples")])
 def test_wrong_parameters_write_nothing(tmp_path, given, words):
     with pytest.raises(ParameterError, match=words):
         run_stage("06_compare", **given, output_dir=str(tmp_path / "out"))
