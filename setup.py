@@ -18,7 +18,7 @@ class BuildWithNotebooks(build_py):
     def run(self):
         super().run()
         target = Path(self.build_lib) / "recgen" / "notebooks"
-        for source in [*(here / "nbs").glob("0*.ipynb"), *(here / "nbs" / "params").rglob("*.yaml")]:
+        for source in [*(here / "nbs").glob("0*.ipynb"), *(here / "nbs" / "params").rglob("*.yaml"), *(here / "nbs" / "grids").glob("*.yaml")]:
             copy = target / source.relative_to(here / "nbs")
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)

@@ -16,7 +16,7 @@ from recgen.core.params import check_values, read_declarations
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and "_proc" not in p.parts)
-FLOORS = [["core"], ["formats"], ["evaluation", "quantization"], ["sources", "graph", "tokens", "retrieval", "clicks"], ["stages"], ["cli"]]
+FLOORS = [["core"], ["formats"], ["evaluation", "quantization"], ["sources", "graph", "tokens", "retrieval", "clicks"], ["stages"], ["commands"], ["cli"]]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 
 # Classes that are longer than an exported cell should be. The list may shrink; nothing may join it.

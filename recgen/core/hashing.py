@@ -37,7 +37,7 @@ def stable_hash(
     "A name's BLAKE2b hash as a non-negative int64: the same in every process."
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
-# %% ../../nbs/core/01_hashing.ipynb #d4423dba
+# %% ../../nbs/core/01_hashing.ipynb #3e50611c
 def code_of(notebook) -> list:
     "The sources of a notebook's code cells, without outputs."
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
@@ -47,8 +47,8 @@ def code_of(notebook) -> list:
 def hash_source(
     package=None,  # folder of modules; recgen's own if not given
 ) -> str:
-    "SHA-256 over all modules of the package and, in a checkout, the code of the stage notebooks beside it."
+    "SHA-256 over all modules that a result can depend on (the command line is none) and, in a checkout, the code of the stage notebooks beside them."
     root = Path(package or Path(__file__).parent.parent)
-    files = sorted(p for p in root.rglob("*.py") if p.name != "_modidx.py")
+    files = sorted(p for p in root.rglob("*.py") if p.relative_to(root).parts[0] not in ("_modidx.py", "cli.py", "commands"))
     stages = sorted(root.parent.glob("nbs/0*.ipynb"))
     return hash_data({p.relative_to(root).as_posix(): sha256_file(p) for p in files} | {p.name: code_of(p) for p in stages})
