@@ -84,7 +84,7 @@ def judged(parts: dict) -> tuple:  # (Clicks that choose, Clicks that are report
     early = first_half(parts["valid"])
     return parts["valid"].select(early.nonzero()[:, 0]), parts["valid"].select((~early).nonzero()[:, 0]), "valid"
 
-# %% ../../nbs/05_ctr.ipynb #ceca8f30
+# %% ../../nbs/05_ctr.ipynb #4888a3b0
 def vector_columns(folder, column: str) -> list:
     "The columns that are the modalities: those that are named, or all that the dataset has."
     if column:
@@ -122,7 +122,8 @@ def train_codes(vectors: dict, p, folder: Path, identity: dict, log) -> tuple:  
         trainer = in_processes(train_vqvae, (config, settings, found.vectors, place, 0.0, fingerprint), p, log)
         models[name] = trainer.load_best()
         save_vqvae(folder / f"vqvae_{name}.pt", models[name])
-        figures[name] = {k.removeprefix("valid/"): v for k, v in trainer.position.records[-1].items() if k.startswith(("valid/", "catalogue/"))}
+        chosen = next(r for r in trainer.position.records if r["epoch"] == trainer.best.epoch)
+        figures[name] = {k.removeprefix("catalogue/"): v for k, v in chosen.items() if k.startswith("catalogue/")}
     return ItemCodes.from_vqvaes(models, vectors), figures
 
 
