@@ -18,7 +18,7 @@ def render(notebook) -> str:
             texts = [o.get("text") or o.get("data", {}).get("text/plain", "") for o in cell.outputs]
             if any(t.strip() for t in texts):
                 parts.append("```\n" + "\n".join(t.rstrip("\n") for t in texts) + "\n```")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts).replace("](images/", "](nbs/images/") + "\n"
 
 
 text = render(nbformat.read(root / "nbs" / "index.ipynb", 4))
