@@ -6,12 +6,13 @@
 __all__ = ['FACTORS', 'SIZES', 'MEASUREMENTS', 'RULES', 'PEERS', 'side_table', 'ratio_table', 'growth_table', 'number_log_axis',
            'plot_ratios', 'plot_time_error', 'plot_growth', 'save_tables']
 
-# %% ../../nbs/07_benchmarks.ipynb #1ac395ec
+# %% ../../nbs/07_benchmarks.ipynb #0060c992
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from ..clicks import benchmarks as click_benchmarks
 from ..core.benchmark import ALLOCATORS, fitted_exponent, paired_ratio, spread
 from ..core.params import Rule, at_least, one_of
 from ..graph import hgt_benchmarks, sage_benchmarks, walk_benchmarks
@@ -21,10 +22,10 @@ from ..sources import benchmarks as log_benchmarks
 from ..sources.sequences import read_sequences
 from ..tokens import benchmarks as token_benchmarks
 
-# %% ../../nbs/07_benchmarks.ipynb #5ef16ef8
+# %% ../../nbs/07_benchmarks.ipynb #2d437367
 FACTORS = (1, 4, 16, 64)
 SIZES = {size: {"gemm": gemm, **token_benchmarks.TOKEN_SIZES[size], **tiger_benchmarks.TIGER_SIZES[size], **hgt_benchmarks.HGT_SIZES[size], **walk_benchmarks.WALK_SIZES[size],
-                **sage_benchmarks.SAGE_SIZES[size], **log_benchmarks.LOG_SIZES[size]} for size, gemm in (("small", 512), ("full", 2048))}
+                **sage_benchmarks.SAGE_SIZES[size], **log_benchmarks.LOG_SIZES[size], **click_benchmarks.DIN_SIZES[size]} for size, gemm in (("small", 512), ("full", 2048))}
 MEASUREMENTS = {
     **token_benchmarks.measurements(FACTORS),
     **tiger_benchmarks.measurements(read_sequences, FACTORS),
@@ -32,6 +33,7 @@ MEASUREMENTS = {
     **walk_benchmarks.MEASUREMENTS,
     **sage_benchmarks.MEASUREMENTS,
     **log_benchmarks.MEASUREMENTS,
+    **click_benchmarks.MEASUREMENTS,
 }
 
 # %% ../../nbs/07_benchmarks.ipynb #bfea688b
@@ -151,11 +153,11 @@ def plot_growth(growth: pd.DataFrame):
     figure.tight_layout()
     return figure
 
-# %% ../../nbs/07_benchmarks.ipynb #818f9cef
+# %% ../../nbs/07_benchmarks.ipynb #40022a0e
 RULES = {"measurements": Rule("some of " + ", ".join(MEASUREMENTS), lambda v: bool(v) and set(v) <= set(MEASUREMENTS)),
          "allocators": Rule("glibc, tuned or both", lambda v: bool(v) and set(v) <= set(ALLOCATORS)), "size": one_of(*SIZES), "repeats": at_least(1), "threads": at_least(0),
          "seed": at_least(0), "log_level": one_of("DEBUG", "INFO", "WARNING", "ERROR")}
-PEERS = ("faiss-cpu", "scikit-learn", "vector-quantize-pytorch", "transformers", "torch-geometric", "numba", "pyg-lib", "pandas", "duckdb")
+PEERS = ("faiss-cpu", "scikit-learn", "vector-quantize-pytorch", "transformers", "torch-geometric", "numba", "pyg-lib", "pandas", "duckdb", "fuxictr")
 
 
 def save_tables(folder: Path, measured: dict, described: dict):
