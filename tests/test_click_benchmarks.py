@@ -20,7 +20,7 @@ needs_peer = pytest.mark.skipif(not benchmark.installed("fuxictr"), reason="fuxi
 
 
 def job_of(n: int = 600, held: int = 200, user: bool = False, longest: int = 12, settings=None, features=None, **network) -> part.ClickJob:
-    "Dense tables, nothing left to chance, all rows in one batch."
+    "Dense tables, nothing left to chance, all rows in one batch. No batch norm: biases before one have no gradient but rounding, which Adam makes steps of."
     table = part.drawn_table(90, generator(0), **({"tags": 20} if features is None else features))
     rows = part.drawn_clicks(table, n + held, 30, 5, generator(1), longest, levels=10)
     train = rows.select(torch.arange(n))
@@ -33,7 +33,7 @@ def job_of(n: int = 600, held: int = 200, user: bool = False, longest: int = 12,
 @pytest.mark.parametrize(("features", "network"), [({"tags": 20, "width": 16}, {}), ({"codes": 6, "n_codes": 9}, {"embedding_l2": 1e-2}), ({"tags": 20}, {"softmax": True, "user": True})],
                          ids=["vectors", "codes and a penalty", "users and softmax"])
 def test_both_sides_learn_the_same_from_the_same_weights(features, network):
-    job = job_of(features=features, **network)
+    job = job_of(features=features, settings=TrainSettings(epochs=5, batch_size=600, learning_rate=1e-2, grad_clip=10.0, scheduler="constant"), init_std=0.5, **network)
     seed_everything(3)
     start = Din(job.config).see(job.train, job.table).state_dict()
     _, ours = part.train_ours(0, job, start)
@@ -41,8 +41,9 @@ def test_both_sides_learn_the_same_from_the_same_weights(features, network):
     before = Din(job.config)
     before.load_state_dict(start)
     p, q = ours(job.valid), torch.as_tensor(theirs(job.valid)).float()
-    assert float((p - part.predict(before, job.valid)).abs().max()) > 0.005, "three steps must be seen"
-    assert float((p - q).abs().max()) < 2e-5
+    moved = p - part.predict(before, job.valid)
+    assert min(float(moved.std()), float(p.std())) > 0.005, "steps and rows must be told apart"
+    assert float((p - q).abs().max()) < 5e-6
     found = {name: job.figures(predict) for name, predict in (("ours", ours), ("theirs", theirs))}
     assert found["theirs"] == pytest.approx(found["ours"], abs=1e-4) and set(found["ours"]) == {"auc", "logloss"}
 

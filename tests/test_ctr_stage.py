@@ -1,5 +1,6 @@
 "05_ctr: from a click log to predictions, and from the challenge's folder to its zip."
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -7,11 +8,13 @@ import stage_runs
 
 from recgen.clicks import training
 from recgen.clicks.submission import read_submission
-from recgen.core.errors import InputError, ParameterError
+from recgen.core.errors import InputError, ParameterError, RunError
 from recgen.core.run import Run
 from recgen.evaluation.protocol import LeakageError
 from recgen.formats.dataset import Dataset
 from recgen.formats.provenance import Provenance
+from recgen.sources.assemble import prepared_log
+from recgen.sources.microlens import microlens_source
 from recgen.sources.mmctr_writer import write_mmctr
 
 SMALL = dict(epochs=1, vqvae_epochs=2, n_embed=16, tokens=4, code_dim=8, embedding_dim=4, attention=[8], mlp=[8], resamples=100, device="cpu")
@@ -52,7 +55,7 @@ def test_one_call_goes_from_the_download_to_the_zip(runs, tmp_path):
     assert again[""].manifest["metrics"]["codes/valid/auc"] == first.manifest["metrics"]["codes/valid/auc"]
 
 
-@pytest.mark.parametrize("wrong, problem", [(dict(main="all"), "main"), (dict(vqvae="huge"), "vqvae"), (dict(embedding_column="sound"), "sound"), (dict(codes="nowhere"), "nowhere"), (dict(data_path="nowhere"), "nowhere"), (dict(n_embed=5000), "distinct"), (dict(main="prefixes"), "nothing to read"), (dict(codes="none"), "nothing to read"), (dict(dropout=2.0), "dropout")], ids=str)
+@pytest.mark.parametrize("wrong, problem", [(dict(main="all"), "main"), (dict(vqvae="huge"), "vqvae"), (dict(embedding_column="sound"), "sound"), (dict(codes="nowhere"), "nowhere"), (dict(data_path="nowhere"), "nowhere"), (dict(n_embed=5000), "distinct"), (dict(main="prefixes"), "nothing to read"), (dict(codes="none"), "nothing to read"), (dict(attention=["a"]), "attention"), (dict(mlp=[0]), "mlp"), (dict(prefixes=[2.5]), "prefixes"), (dict(codes=" "), "codes"), (dict(embedding_column="text+text"), "twice"), (dict(precision="fp16"), "fp16"), (dict(dropout=2.0), "dropout")], ids=str)
 def test_what_is_wrong_is_said(runs, wrong, problem):
     with pytest.raises((InputError, ParameterError), match=problem):
         stage_runs.run_stage("05_ctr", **SMALL | wrong)
@@ -123,3 +126,47 @@ def test_two_processes_fill_the_same_folder(runs, tmp_path):
     one, two = (stage_runs.run_stage("05_ctr", **how, num_processes=n, output_dir=str(tmp_path / str(n)))["run"] for n in (1, 2))
     assert one.manifest["outputs"].keys() == two.manifest["outputs"].keys()
     assert one.manifest["metrics"]["codes/test/auc"] == pytest.approx(two.manifest["metrics"]["codes/test/auc"], abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def challenge(tmp_path_factory):
+    place = tmp_path_factory.mktemp("challenge")
+    write_mmctr(place / "mmctr", n_users=120, n_items=60, n_rows=900, n_tags=20, widths=(8, 8, 8))
+    with prepared_log(microlens_source(place / "mmctr")) as dataset:
+        dataset.save(place / "data", "mmctr")
+    return place / "data"
+
+
+def broken(challenge, folder, part, change):
+    "A copy of the dataset with one part changed."
+    shutil.copytree(challenge, folder)
+    file, info = folder / "impressions" / f"{part}.parquet", folder / "dataset.json"
+    change(pd.read_parquet(file)).to_parquet(file)
+    info.write_text(json.dumps({k: v for k, v in json.loads(info.read_text()).items() if k != "sha256"}))
+    return str(folder)
+
+
+def some_labels(f):
+    return f.assign(label=[1.0] * (len(f) // 2) + [None] * (len(f) - len(f) // 2))
+
+
+BAD = [("test", some_labels, {}, "some test rows"), ("train", lambda f: f.assign(label=["yes", "no"] * (len(f) // 2) + ["no"] * (len(f) % 2)), {}, "not numbers"), ("train", lambda f: f.assign(user_id=f.user_id + 2_000_000_000), {}, "not numbered"),
+       ("valid", lambda f: f.assign(row_id=7), {}, "same row_id"), ("train", lambda f: f.assign(colour=-f.index - 1), {}, "categories"), ("train", lambda f: f, {"id_column": "nope"}, "nope"),
+       ("train", lambda f: f, {"submission_column": "a,b"}, "header|column's name"), ("valid", lambda f: f.assign(label=0), {}, "one class")]
+
+
+@pytest.mark.parametrize("part, change, how, problem", BAD, ids=[b[3] for b in BAD])
+def test_bad_rows_are_refused_before_anything_is_written(runs, tmp_path, challenge, part, change, how, problem):
+    data = broken(challenge, tmp_path / "data", part, change)
+    with pytest.raises((InputError, ParameterError), match=problem):
+        stage_runs.run_stage("05_ctr", data_path=data, study=False, embedding_column="text", **SMALL, **how, output_dir=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_reads_is_never_cleared_for_it(runs, tmp_path, challenge):
+    data = tmp_path / "data"
+    shutil.copytree(challenge, data)
+    for place in (data, data / "inside", tmp_path):
+        with pytest.raises(RunError, match="output_dir is, holds, or lies in"):
+            stage_runs.run_stage("05_ctr", data_path=str(data), study=False, embedding_column="text", **SMALL, output_dir=str(place), overwrite=True)
+    assert Dataset.load(data).n_items == 60 and (data / "impressions" / "train.parquet").exists() and not (data / "inside").exists()

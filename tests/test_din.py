@@ -117,8 +117,9 @@ def plain_din(model, table, clicks):
     else:
         interest = []
     users = torch.stack([model.users.table.weight[u if u < len(model.users.seen) and model.users.seen[u] else 0] for u in clicks.users.tolist()])
-    hour = clicks.context["hour"]
-    x = torch.cat([target, users, model.context[0].weight[torch.where(hour <= config.features.context["hour"], hour, 0)], clicks.context["price"][:, None], *interest], dim=1)
+    hour, (mean, deviation) = clicks.context["hour"], config.features.scales["price"]
+    price = (clicks.context["price"] - mean) / deviation
+    x = torch.cat([target, users, model.context[0].weight[torch.where(hour <= config.features.context["hour"], hour, 0)], price[:, None], *interest], dim=1)
     for layer in model.mlp:
         if isinstance(layer, torch.nn.BatchNorm1d):
             mean, var = (x.mean(0), x.var(0, unbiased=False)) if layer.training else (layer.running_mean, layer.running_var)
@@ -249,6 +250,18 @@ def test_unknown_rows_are_trained_by_replacing_ids():
     some = torch.arange(1, N).repeat(2000)
     share = float((ids.train().rows(some) == 0).float().mean())
     assert 0.47 < share < 0.53 and int((ids.eval().rows(some) == 0).sum()) == int((~ids.seen[some]).sum())
+
+
+def test_numbers_of_the_context_are_read_in_deviations_of_training():
+    train, table = rows(40), ItemTable(9)
+    small = features_of(table, train, context=["price"], width=3)
+    large = Clicks(train.users, train.items, train.labels, train.histories, train.row_ids, {**train.context, "price": 1e6 + 1e4 * train.context["price"]})
+    other = features_of(table, large, context=["price"], width=3)
+    torch.manual_seed(0)
+    one = Din(DinConfig(small)).see(train).eval()
+    two = Din(DinConfig(other)).see(large).eval()
+    two.load_state_dict(one.state_dict())
+    assert torch.allclose(one(train), two(large), atol=1e-3) and abs(other.scales["price"][0] - 1e6) < 1e4
 
 
 def test_context_beyond_training_reads_row_0():

@@ -116,7 +116,7 @@ def segment_softmax(values, rows, n: int):
     e = torch.exp(values - top[rows])
     return e / segment_sum(e, rows, n)[rows]
 
-# %% ../../nbs/clicks/04_din.ipynb #51b56d28
+# %% ../../nbs/clicks/04_din.ipynb #a3582308
 def check_config(config: DinConfig):
     "InputError for a model that cannot be."
     e = config.features.item_width
@@ -144,15 +144,20 @@ def read_places(histories: Ragged, config: DinConfig, training: bool):  # (T,) i
     return values, rows
 
 
-def context_parts(tables, sizes: dict, clicks: Clicks) -> list:
-    "Embeddings of the context's whole numbers (beyond those of training: 0), its other numbers as they are."
+def context_parts(tables, features: FeatureConfig, clicks: Clicks) -> list:
+    "Embeddings of the context's whole numbers (beyond those of training: 0), its other numbers in deviations from training's mean."
     rest, parts = iter(tables), []
-    for name, size in sizes.items():
+    for name, size in features.context.items():
         values = clicks.context[name]
-        parts.append(next(rest)(torch.where((values > 0) & (values <= size), values, 0)) if size else values[:, None].float())
+        mean, deviation = features.scales.get(name, (0.0, 1.0))
+        if size:
+            parts.append(next(rest)(torch.where((values > 0) & (values <= size), values, 0)))
+        else:
+            number = values if values.is_floating_point() else values.float()
+            parts.append(((number - mean) / deviation).clamp(-10, 10)[:, None])
     return parts
 
-# %% ../../nbs/clicks/04_din.ipynb #d47bc11f
+# %% ../../nbs/clicks/04_din.ipynb #a70b158c
 class Din(nn.Module):
     "DIN: `model(clicks)` are logits (B,)."
 
@@ -198,7 +203,7 @@ class Din(nn.Module):
             cache = self.encoded(ids)
         x, item_part = cache
         target, h = x.index_select(0, index[:b]), x.index_select(0, index[b:])
-        parts = [target, *([self.users(clicks.users)] if self.users else []), *context_parts(self.context, self.config.features.context, clicks)]
+        parts = [target, *([self.users(clicks.users)] if self.users else []), *context_parts(self.context, self.config.features, clicks)]
         if self.attention:
             parts.append(self.attention(target, h, item_part.index_select(0, index[b:]), rows))
         elif self.config.history == "mean":

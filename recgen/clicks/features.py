@@ -112,7 +112,7 @@ def item_table(
         code_groups = named[code_groups] if isinstance(code_groups, str) else [list(g) for g in code_groups]
     return ItemTable(n, single, several, codes, code_groups, None if vectors is None else vector_rows(vectors, n))
 
-# %% ../../nbs/clicks/03_features.ipynb #3bcaeed6
+# %% ../../nbs/clicks/03_features.ipynb #7da47ef2
 @dataclass
 class FeatureConfig:
     "Which features a model reads, and their sizes. `features_of` fills it from a table and the training rows."
@@ -126,10 +126,11 @@ class FeatureConfig:
     code_columns: int = 0  # codes an item
     code_groups: list = field(default_factory=list)  # [[first, last], …] columns pooled together
     vector_width: int = 0  # D of the vectors; 0: vectors are not read
-    context: dict = field(default_factory=dict)  # {name: distinct values; 0 for a number that is read as it is}
+    context: dict = field(default_factory=dict)  # {name: distinct values; 0 for a number}
     width: int = 32  # of each embedding
     lazy_rows: int = 20_000  # id tables of at least so many rows have sparse gradients: see clicks.training
     code_pooling: str = "sqrtn"  # of an item's codes: mean, sqrtn, sum
+    scales: dict = field(default_factory=dict)  # {name: [mean, deviation] of training} of context that is a number; none: it is read as it is
 
     @property
     def item_width(self) -> int:
@@ -153,11 +154,12 @@ def features_of(
     if absent:
         raise InputError("the rows lack a context column", column=", ".join(absent), found=", ".join(train.context) or "none", expected=", ".join(context), mend="name it in read_clicks' context")
     sizes = {c: 0 if train.context[c].is_floating_point() else int(train.context[c].max()) for c in context}
+    scales = {c: [float(v.double().mean()), float(v.double().std(correction=0)) or 1.0] for c, v in train.context.items() if sizes.get(c) == 0 and v.is_floating_point()}
     config = FeatureConfig(
         table.n_items, int(train.users.max()) if user_id else 0, item_id, {k: int(v.max()) for k, v in table.columns.items()},
         {k: [int(v.values.max()) if len(v.values) else 0, len(v.values)] for k, v in table.lists.items()},
         int(table.codes.max()) if table.codes is not None else 0, table.codes.shape[1] if table.codes is not None else 0, table.code_groups or [],
-        table.vectors.shape[1] if table.vectors is not None else 0, sizes, width, lazy_rows, code_pooling)
+        table.vectors.shape[1] if table.vectors is not None else 0, sizes, width, lazy_rows, code_pooling, scales)
     if not config.item_width:
         raise InputError("an item has no feature", column="item_id, columns, lists, codes, vectors", found="none of them", expected="at least one")
     return config

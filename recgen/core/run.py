@@ -149,7 +149,7 @@ def release_all():
     for folder in list(_held):
         release(folder)
 
-# %% ../../nbs/core/06_run.ipynb #f1ab327a
+# %% ../../nbs/core/06_run.ipynb #3f36e56f
 class Run:
     "A run folder: `path(name)`, `finished`, `log`, `finish(metrics)`. Use it in a notebook's cells, or as a context manager."
 
@@ -188,6 +188,7 @@ class Run:
         "Take the folder, unless the run is finished: from here on it writes. RunError where another run is in the way."
         if self.finished:
             return
+        self._refuse_inputs()
         make_writable(self.folder)
         acquire(self.folder)
         release_on_error(self.folder)
@@ -198,6 +199,14 @@ class Run:
             raise
         if self.finished:
             release(self.folder)
+
+    def _refuse_inputs(self):
+        "RunError where the folder is what the run reads, holds it, or lies in it: it would be cleared, or changed."
+        own = self.folder.resolve()
+        for name, place in self.inputs.items():
+            place = Path(place).resolve()
+            if own == place or own in place.parents or (place in own.parents and place.is_dir() and not (place / "manifest.json").exists()):
+                raise RunError(f"output_dir is, holds, or lies in what the run reads as {name}: {shown(place)}\n  mend:     choose another output_dir (or none)")
 
     def _decide(self, overwrite, resume) -> bool:
         "True when the folder holds this very run, finished. Clears or refuses what is in the way."

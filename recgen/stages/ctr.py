@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['KNOWN', 'CODES', 'ARMS', 'RULES', 'dataset_folder', 'context_columns', 'read_parts', 'judged', 'vector_columns',
            'modality_name', 'read_vectors', 'train_codes', 'read_codes', 'in_processes', 'made_from', 'sources_of',
-           'code_tables', 'wanted_arms', 'item_columns', 'arm_table', 'train_arm', 'file_name', 'save_results',
-           'finding']
+           'given_tables', 'whole_numbers', 'wanted_arms', 'item_columns', 'arm_table', 'train_arm', 'check_before',
+           'file_name', 'save_results', 'finding', 'lists_of']
 
-# %% ../../nbs/05_ctr.ipynb #6e94650c
+# %% ../../nbs/05_ctr.ipynb #1e7bd919
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,34 +17,36 @@ import pandas as pd
 import pyarrow.parquet as pq
 import torch
 
-from ..clicks.baselines import first_half, supplied_counts
+from ..clicks.baselines import bayes_scores, first_half, supplied_counts, training_labels
 from ..clicks.data import read_clicks
 from ..clicks.din import DinConfig
 from ..clicks.features import features_of, item_table
-from ..clicks.item_codes import ItemCodes, load_item_codes, read_item_info
-from ..clicks.submission import submission_ids, write_submission
+from ..clicks.item_codes import ItemCodes, level_column, load_item_codes, read_item_info
+from ..clicks.submission import check_column, checked_ids, submission_ids, write_submission
 from ..clicks.training import train_din
-from ..clicks.vqvae import save_vqvae, train_vqvae, vqvae_config
+from ..clicks.vqvae import PRESETS, check_distinct, save_vqvae, train_vqvae, vqvae_config
 from ..core.errors import InputError, ParameterError, first_few
 from ..core.files import read_json, resolve, write_parquet
-from ..core.params import at_least, between, one_of
+from ..core.params import Rule, at_least, between, one_of
 from ..core.processes import launch
 from ..core.run import Run
-from ..core.training import TrainSettings, log_line, log_records
+from ..core.training import TrainSettings, log_line, log_records, make_accelerator
 from ..evaluation.clicks import click_differences, click_table
 from ..evaluation.protocol import check_provenance
 from ..formats.embeddings import column_parts, column_places, load_embeddings
 from ..formats.provenance import Provenance
 from ..formats.semantic_ids import SemanticIDs
+from ..quantization.kmeans import check_vectors
+from ..quantization.scaling import column_scale
 from ..sources.assemble import default_encoder, prepared_log
 from ..sources.encoders import make_encoder
 from ..sources.impressions import impressions_source
 from ..sources.microlens import microlens_source
 
-# %% ../../nbs/05_ctr.ipynb #79b3fa35
+# %% ../../nbs/05_ctr.ipynb #407131e6
 def dataset_folder(place: Path) -> Path:
     "The dataset folder that `place` is, or that is made of the click log in it. InputError where it is neither."
-    if (place / "dataset.json").exists() or not place.is_dir():
+    if (place / "dataset.json").exists() or (place / "interactions.parquet").exists() or not place.is_dir():
         return place
     challenge = any(place.glob("item_info.parquet")) or any(place.glob("*/item_info.parquet"))
     if not challenge and not (place / "train.parquet").exists():
@@ -58,7 +60,7 @@ def dataset_folder(place: Path) -> Path:
             run.finish({k: v for k, v in dataset.save(run.folder, run.dataset).items() if k.startswith("n_")})
     return run.folder
 
-# %% ../../nbs/05_ctr.ipynb #5c6524fd
+# %% ../../nbs/05_ctr.ipynb #48446c92
 KNOWN = ("row_id", "user_id", "item_id", "label", "item_seq")
 
 
@@ -73,22 +75,35 @@ def context_columns(folder) -> list:
 def read_parts(folder, longest: int) -> dict:
     "{part: Clicks} of a dataset folder: train, valid and, where there is one, test."
     context = context_columns(folder)
-    return {part: read_clicks(folder, part, longest, context) for part in ("train", "valid", "test") if part != "test" or (Path(folder) / "impressions" / "test.parquet").exists()}
+    parts = {part: read_clicks(folder, part, longest, context) for part in ("train", "valid", "test") if part != "test" or (Path(folder) / "impressions" / "test.parquet").exists()}
+    for part, rows in parts.items():
+        other = [c for c in context if rows.context[c].dtype != parts["train"].context[c].dtype]
+        if other:
+            raise InputError("a context column is of another type than in training", file=f"impressions/{part}.parquet", column=", ".join(other), found=str(rows.context[other[0]].dtype), expected=str(parts["train"].context[other[0]].dtype),
+                             mend="write whole numbers as int64 in all parts; one missing value makes pandas write floats")
+    return parts
 
 
 def judged(parts: dict) -> tuple:  # (Clicks that choose, Clicks that are reported, the reported part's name)
     "Validation and test, or the two halves of validation."
     test = parts.get("test")
+    missing = test.labels.isnan() if test is not None else torch.zeros(1, dtype=torch.bool)
+    if bool(missing.any()) and not bool(missing.all()):
+        raise InputError("some test rows have labels and others have none", file="impressions/test.parquet", column="label", rows=missing.nonzero()[:, 0].tolist(), found=f"{int(missing.sum()):,} of {len(test):,} rows without",
+                         expected="a label in every row, or in none", mend="leave out the rows without a label, or empty the column")
     if test is not None and not bool(test.labels.isnan().any()):
         return parts["valid"], test, "test"
     early = first_half(parts["valid"])
     return parts["valid"].select(early.nonzero()[:, 0]), parts["valid"].select((~early).nonzero()[:, 0]), "valid"
 
-# %% ../../nbs/05_ctr.ipynb #4888a3b0
+# %% ../../nbs/05_ctr.ipynb #f516413b
 def vector_columns(folder, column: str) -> list:
     "The columns that are the modalities: those that are named, or all that the dataset has."
     if column:
-        return [part.strip() for part in column.split("+")]
+        found = [part.strip() for part in column.split("+")]
+        if "" in found or len(set(found)) < len(found):
+            raise ParameterError("a column of vectors is named twice, or not at all", column="embedding_column", found=column, expected="names with + between them", mend="name each column once")
+        return found
     file = Path(folder) / "item_emb.parquet"
     return [c for c in pq.read_schema(file).names if c not in ("ItemID", "given")] if file.exists() else []
 
@@ -98,6 +113,7 @@ def modality_name(column: str, names) -> str:
     ((place, own),) = column_parts(column)
     manifest = resolve(place) / "manifest.json"
     name = f"{read_json(manifest)['stage'] if manifest.exists() else Path(place).name}_{own}" if place else own
+    name = re.sub(r"[^\w.-]+", "_", name).strip(".")[:80] or "vectors"  # it becomes a file's
     return name if name not in names else f"{name}_{len(names)}"
 
 
@@ -162,24 +178,27 @@ def sources_of(p, dataset) -> dict:  # {ingredient of an arm: Provenance}
     ids = [resolve(p.semantic_ids)] if p.semantic_ids else []
     return {name: made_from(places, dataset) for name, places in (("vectors", vectors), ("codes", codes), ("semantic_ids", ids))}
 
-# %% ../../nbs/05_ctr.ipynb #0f9875a5
+# %% ../../nbs/05_ctr.ipynb #5172be7e
 ARMS = {  # arm: what it reads beside ids and categories
     "no_history": (), "none": (), "vectors": ("vectors",), "codes": ("codes",), "both": ("codes", "vectors"), "semantic_ids": ("semantic_ids",), "prefixes": ("semantic_ids", "prefixes"),
 }
 
 
-def code_tables(p, dataset, vectors: dict, folder: Path, identity: dict, log) -> tuple:  # {kind: ItemCodes}, {modality: figures}
-    "The codes that arms read: new ones of VQ-VAEs or those that `codes` names, and those of `semantic_ids`."
-    tables, figures = {}, {}
-    if p.codes == "vqvae" and vectors:
-        tables["codes"], figures = train_codes(vectors, p, folder, identity, log)
-    elif p.codes not in ("vqvae", "none"):
-        tables["codes"] = read_codes(resolve(p.codes), p.prefixes, dataset.n_items)
+def given_tables(p, dataset) -> dict:  # {kind: ItemCodes}
+    "The codes that are there already: those that `codes` names, and those of `semantic_ids`. InputError where they are of another catalogue."
+    tables = {}
+    if p.codes not in ("vqvae", "none"):
+        tables["codes"] = read_codes(resolve(p.codes), whole_numbers(p.prefixes), dataset.n_items).check(dataset.n_items, resolve(p.codes))
     if p.semantic_ids:
         ids = SemanticIDs.load(resolve(p.semantic_ids))
         tables["semantic_ids"] = ItemCodes.from_semantic_ids(ids, (), dataset.n_items)
-        tables["prefixes"] = ItemCodes.from_semantic_ids(ids, p.prefixes or range(2, ids.n_levels + 1), dataset.n_items)
-    return tables, figures
+        tables["prefixes"] = ItemCodes.from_semantic_ids(ids, whole_numbers(p.prefixes) or range(2, ids.n_levels + 1), dataset.n_items)
+    return tables
+
+
+def whole_numbers(numbers) -> list:
+    "A parameter's list as whole numbers."
+    return [int(float(n)) for n in numbers]
 
 
 def wanted_arms(p, vectors: dict) -> list:
@@ -211,12 +230,35 @@ def train_arm(name: str, table, parts: dict, chosen_on, p, seed: int, folder: Pa
     "A DIN on the training rows, its epoch chosen by AUC. Returns the model."
     context = [c for c in parts["train"].context if c not in ("timestamp",)]
     features = features_of(table, parts["train"], p.user_id, True, context, p.embedding_dim, code_pooling=p.code_pooling)
-    config = DinConfig(features, list(map(int, p.attention)), list(map(int, p.mlp)), "none" if name == "no_history" else p.history, p.softmax, p.activation, batch_norm=p.batch_norm, dropout=p.dropout,
+    config = DinConfig(features, whole_numbers(p.attention), whole_numbers(p.mlp), "none" if name == "no_history" else p.history, p.softmax, p.activation, batch_norm=p.batch_norm, dropout=p.dropout,
                        history_dropout=p.history_dropout, embedding_l2=p.embedding_l2, unknown_rate=p.unknown_rate)
     settings = TrainSettings(epochs=p.epochs, batch_size=p.batch_size, learning_rate=p.learning_rate, weight_decay=p.weight_decay, grad_clip=p.grad_clip, scheduler=p.scheduler, best_metric="valid/auc",
                              early_stop_patience=p.early_stop_patience, seed=seed, device=p.device, precision=p.precision, resume=p.resume)
     args = (config, settings, parts["train"], chosen_on, table, folder / "arms" / f"{name}_{seed}", {"run": identity, "arm": name})
     return in_processes(train_din, args, p, log, live).load_best()
+
+# %% ../../nbs/05_ctr.ipynb #10615e9a
+def check_before(p, dataset, folder: Path, parts: dict, reported, vectors: dict):
+    "InputError or ParameterError for what training, the figures, or the files of the run would stumble over."
+    make_accelerator(TrainSettings(device=p.device, precision=p.precision, scheduler=p.scheduler))
+    for name, found in vectors.items() if p.codes == "vqvae" else ():
+        try:
+            check_distinct(check_vectors(found.vectors), PRESETS["original"].get("n_embed", 1024) if p.vqvae == "original" else p.n_embed)
+            column_scale(found.vectors, True)
+        except InputError as e:
+            raise InputError(f"the vectors of {name} make no codes", file="item_emb.parquet", column=name, found=str(e).splitlines()[0], expected="vectors that differ, at least n_embed of them", mend="lower n_embed, or leave the column out of embedding_column") from e
+    for name in ("likes_level", "views_level"):
+        level_column(dataset.items, name)
+    try:
+        training_labels(reported)
+    except InputError as e:
+        raise InputError("the reported rows cannot be judged", file="impressions/test.parquet" if "test" in parts and len(reported) == len(parts["test"]) else "impressions/valid.parquet", column="label", found=str(e).splitlines()[0],
+                         expected="clicks and rows without a click", mend="take a larger sample of the log") from e
+    if "test" in parts and bool(parts["test"].labels.isnan().all()):
+        checked_ids(submission_ids(folder, p.id_column))
+        check_column(p.submission_column)
+    elif "test" in parts and (folder / "oracle" / "clicks.safetensors").exists():
+        bayes_scores(folder, reported)
 
 # %% ../../nbs/05_ctr.ipynb #a5edf197
 def file_name(label: str) -> str:
@@ -257,11 +299,24 @@ def finding(table: pd.DataFrame, differences: pd.DataFrame, metrics: dict, possi
         lines.append(f"{d['run']} over {d['reference']}: {d['difference']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}], {'clear' if d['clear'] else 'not clear: the interval holds 0'}")
     return "\n".join(lines)
 
-# %% ../../nbs/05_ctr.ipynb #f6329d72
+# %% ../../nbs/05_ctr.ipynb #76b07e72
+def lists_of(low: int, empty: bool = False) -> Rule:
+    "A rule for lists of whole numbers from `low`."
+    def holds(value):
+        try:
+            return (empty or len(value) > 0) and all(float(n) == int(float(n)) >= low for n in value)
+        except (TypeError, ValueError, OverflowError):
+            return False
+
+    return Rule(f"whole numbers from {low}" + ("" if empty else ", at least one"), holds)
+
+
 RULES = {
     "vqvae": one_of("default", "original"), "main": one_of(*ARMS), "history": one_of("attention", "mean", "none"), "code_pooling": one_of("sqrtn", "mean", "sum"), "activation": one_of("dice", "relu"), "precision": one_of("no", "bf16", "fp16"),
     "scheduler": one_of("constant", "linear", "cosine", "inverse_sqrt"), "log_level": one_of("DEBUG", "INFO", "WARNING", "ERROR"), "n_embed": at_least(2), "resamples": at_least(100),
-    **{name: at_least(1) for name in ("tokens", "code_dim", "vqvae_epochs", "vqvae_batch_size", "embedding_dim", "epochs", "batch_size", "n_seeds", "num_processes")},
-    **{name: at_least(0) for name in ("vqvae_learning_rate", "embedding_l2", "weight_decay", "grad_clip", "max_history", "learning_rate", "early_stop_patience", "seed")},
+    **{name: at_least(1) for name in ("tokens", "code_dim", "vqvae_epochs", "vqvae_batch_size", "epochs", "batch_size", "n_seeds", "num_processes")},
+    **{name: at_least(0) for name in ("vqvae_learning_rate", "embedding_l2", "weight_decay", "grad_clip", "max_history", "learning_rate", "early_stop_patience")},
+    "embedding_dim": between(1, 4096), "seed": between(0, 2**62), "codes": Rule("vqvae, none, or a path", lambda v: bool(v.strip())), "submission_column": Rule("a column's name", lambda v: bool(v.strip())),
+    "attention": lists_of(1), "mlp": lists_of(1), "prefixes": lists_of(2, empty=True),
     **{name: between(0, 0.9) for name in ("dropout", "unknown_rate", "history_dropout")},
 }
