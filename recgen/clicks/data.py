@@ -108,7 +108,7 @@ def click_labels(
                          mend="take a larger sample of the log, with the rows that were shown and not clicked")
     return torch.from_numpy(values.astype(np.float32))
 
-# %% ../../nbs/clicks/02_data.ipynb #cbf586ad
+# %% ../../nbs/clicks/02_data.ipynb #ca728e9e
 COLUMNS = ("row_id", "user_id", "item_id", "label", "item_seq")
 LARGEST = 10_000_000  # category of a context column
 
@@ -133,7 +133,7 @@ def context_column(column, file, name: str):
                          mend="number its values from 1, or store it as float if it is a quantity")
     return torch.from_numpy(np.array(column.to_pandas(), dtype=np.int64))
 
-
+# %% ../../nbs/clicks/02_data.ipynb #064e9152
 def catalogue_size(folder) -> int:
     "Items of a dataset folder: their ids are 1 … N."
     return len(check_ids(read_parquet(verify_file(Path(folder) / "items.parquet"), ["item_id"])["item_id"].to_pandas(), "item_id", Path(folder) / "items.parquet"))

@@ -73,13 +73,13 @@ def checked_scores(
         raise InputError("scores are not probabilities", column="score", rows=np.flatnonzero(wrong), found=", ".join(map(str, scores[wrong][:5])), expected="numbers from 0 to 1", mend="NaN: the model diverged; numbers beyond: hand in sigmoid(logits)")
     return scores.astype(str).astype(object)
 
-# %% ../../nbs/clicks/06_submission.ipynb #358cd8a6
+# %% ../../nbs/clicks/06_submission.ipynb #a0c0c729
 def check_column(column: str):
     "InputError for what cannot be the scores' name in the file's header."
     if not column or set(column) & set(',"\n\r') or column == "ID":
         raise InputError("this cannot be a column's name in the file", column="submission_column", found=repr(column), expected="Task1, Task1&2, …")
 
-
+# %% ../../nbs/clicks/06_submission.ipynb #03dcb9fc
 def zip_bytes(name: str, content: bytes) -> bytes:
     "A zip of one file, dated 1980-01-01: the same bytes for the same content."
     entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'UNHASHED', 'NOT_OUTPUTS', 'hash_manifest', 'hash_input', 'verify_file', 'git_state',
-           'library_versions', 'differences', 'acquire', 'release', 'release_all', 'Run', 'make_writable', 'refusal',
-           'present_files', 'list_outputs', 'damaged_outputs', 'clear_run', 'peak_memory_mb', 'open_log',
-           'release_on_error']
+           'library_versions', 'differences', 'acquire', 'release', 'release_all', 'refuse_inputs', 'Run',
+           'make_writable', 'refusal', 'present_files', 'list_outputs', 'damaged_outputs', 'clear_run',
+           'peak_memory_mb', 'open_log', 'release_on_error']
 
 # %% ../../nbs/core/06_run.ipynb #4a43b7be
 import atexit
@@ -149,7 +149,16 @@ def release_all():
     for folder in list(_held):
         release(folder)
 
-# %% ../../nbs/core/06_run.ipynb #3f36e56f
+# %% ../../nbs/core/06_run.ipynb #39afb7d1
+def refuse_inputs(folder: Path, inputs: dict):
+    "RunError where a run's folder is what it reads, holds it, or lies in it: that would be cleared, or changed."
+    own = folder.resolve()
+    for name, place in inputs.items():
+        place = Path(place).resolve()
+        if own == place or own in place.parents or (place in own.parents and place.is_dir() and not (place / "manifest.json").exists()):
+            raise RunError(f"output_dir is, holds, or lies in what the run reads as {name}: {shown(place)}\n  mend:     choose another output_dir (or none)")
+
+# %% ../../nbs/core/06_run.ipynb #a5ca2d3e
 class Run:
     "A run folder: `path(name)`, `finished`, `log`, `finish(metrics)`. Use it in a notebook's cells, or as a context manager."
 
@@ -188,7 +197,7 @@ class Run:
         "Take the folder, unless the run is finished: from here on it writes. RunError where another run is in the way."
         if self.finished:
             return
-        self._refuse_inputs()
+        refuse_inputs(self.folder, self.inputs)
         make_writable(self.folder)
         acquire(self.folder)
         release_on_error(self.folder)
@@ -199,14 +208,6 @@ class Run:
             raise
         if self.finished:
             release(self.folder)
-
-    def _refuse_inputs(self):
-        "RunError where the folder is what the run reads, holds it, or lies in it: it would be cleared, or changed."
-        own = self.folder.resolve()
-        for name, place in self.inputs.items():
-            place = Path(place).resolve()
-            if own == place or own in place.parents or (place in own.parents and place.is_dir() and not (place / "manifest.json").exists()):
-                raise RunError(f"output_dir is, holds, or lies in what the run reads as {name}: {shown(place)}\n  mend:     choose another output_dir (or none)")
 
     def _decide(self, overwrite, resume) -> bool:
         "True when the folder holds this very run, finished. Clears or refuses what is in the way."

@@ -96,7 +96,7 @@ def judged(parts: dict) -> tuple:  # (Clicks that choose, Clicks that are report
     early = first_half(parts["valid"])
     return parts["valid"].select(early.nonzero()[:, 0]), parts["valid"].select((~early).nonzero()[:, 0]), "valid"
 
-# %% ../../nbs/05_ctr.ipynb #f516413b
+# %% ../../nbs/05_ctr.ipynb #e3100405
 def vector_columns(folder, column: str) -> list:
     "The columns that are the modalities: those that are named, or all that the dataset has."
     if column:
@@ -124,7 +124,7 @@ def read_vectors(folder, columns: list, catalogue) -> dict:
         out[modality_name(column, out)] = load_embeddings(folder, column=column, catalogue=catalogue)
     return out
 
-
+# %% ../../nbs/05_ctr.ipynb #ec3a012b
 CODES = "item_codes.safetensors"
 
 
