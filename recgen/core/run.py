@@ -149,14 +149,14 @@ def release_all():
     for folder in list(_held):
         release(folder)
 
-# %% ../../nbs/core/06_run.ipynb #39afb7d1
+# %% ../../nbs/core/06_run.ipynb #45cf1cd5
 def refuse_inputs(folder: Path, inputs: dict):
-    "RunError where a run's folder is what it reads, holds it, or lies in it: that would be cleared, or changed."
+    "RunError where a run's folder is what it reads, or holds it: that would be cleared."
     own = folder.resolve()
     for name, place in inputs.items():
         place = Path(place).resolve()
-        if own == place or own in place.parents or (place in own.parents and place.is_dir() and not (place / "manifest.json").exists()):
-            raise RunError(f"output_dir is, holds, or lies in what the run reads as {name}: {shown(place)}\n  mend:     choose another output_dir (or none)")
+        if own == place or own in place.parents:
+            raise RunError(f"output_dir is, or holds, what the run reads as {name}: {shown(place)}\n  mend:     choose another output_dir (or none)")
 
 # %% ../../nbs/core/06_run.ipynb #a5ca2d3e
 class Run:
