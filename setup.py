@@ -34,7 +34,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["recgen", "recgen.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "bench": cfg["bench_requirements"].split(), "text": cfg["text_requirements"].split(), "trackers": cfg["trackers_requirements"].split(), "lab": ["jupyterlab>=4.6,<5"]},
+    extras_require={"dev": cfg["dev_requirements"].split(), "bench": cfg["bench_requirements"].split(), "text": cfg["text_requirements"].split(), "track": cfg["track_requirements"].split(), "lab": cfg["lab_requirements"].split()},
     entry_points={"console_scripts": ["recgen=recgen.cli:main"]},
     cmdclass={"build_py": BuildWithNotebooks},
 )

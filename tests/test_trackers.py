@@ -281,7 +281,7 @@ def test_an_unknown_tracker_is_refused(report_to, words, tmp_path):
 def test_a_tracker_that_is_not_installed_is_refused(name, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, name, None)
     task = Curve()
-    with pytest.raises(ParameterError, match=r"recgen\[trackers\]") as e:
+    with pytest.raises(ParameterError, match=r"recgen\[track\]") as e:
         train(tmp_path, task, report_to=name)
     assert name in str(e.value) and task.calls == 0 and not list(tmp_path.iterdir())
 

@@ -36,7 +36,7 @@ def tracker_names(
     if unknown:
         raise ParameterError("there is no such tracker", column="report_to", found=", ".join(unknown), expected=", ".join(("none", *TRACKERS)))
     if absent:
-        raise ParameterError("the tracker is not installed", column="report_to", found=", ".join(absent), mend="pip install 'recgen[trackers]'")
+        raise ParameterError("the tracker is not installed", column="report_to", found=", ".join(absent), mend="pip install 'recgen[track]'")
     return names
 
 # %% ../../nbs/core/10_trackers.ipynb #b49b6cdb
