@@ -1,11 +1,11 @@
-# make demo | make test | make lab | make bench: each sets up .venv by itself, once.
+# make demo | make test | make test-browser | make lab | make bench: each sets up .venv by itself, once.
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 RECGEN_RUNS ?= $(CURDIR)/runs
 export RECGEN_RUNS
 
-.PHONY: demo test lab bench clean
+.PHONY: demo test test-browser lab bench clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python -m recgen.cli pipeline demo --overwrite
@@ -13,6 +13,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	bash .ci/test
+
+# Every stage notebook in a headless Chromium (Debian: chromium, chromium-driver); screenshots in runs/browser. make test-browser ONLY="00_data or explorer" opens some.
+test-browser: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -q -p no:cacheprovider tests/browser/notebooks.py $(if $(ONLY),-k "$(ONLY)")
 
 lab: $(INSTALLED)
 	$(VENV)/bin/jupyter lab nbs
