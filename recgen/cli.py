@@ -7,7 +7,7 @@ __all__ = ['PAIRS', 'VERBOSE', 'QUIET', 'FORMAT', 'Commands', 'note', 'told', 'c
            'stage_help', 'help_of', 'run', 'report_outcome', 'check_group', 'pipeline', 'run_steps', 'runs',
            'recommend', 'ids', 'prefix_codes', 'siblings_text', 'data', 'main']
 
-# %% ../nbs/cli.ipynb #6ec37599
+# %% ../nbs/cli.ipynb #6b399a7b
 import sys
 import warnings
 from pathlib import Path
@@ -16,7 +16,7 @@ import click
 
 from . import __version__
 from .commands.notebooks import nearest, parameter_text, read_stage, stage_names, stage_values
-from .commands.tables import FORMATS, cell_text, clock, formatted, place, terminal_width, text_table
+from .commands.tables import FORMATS, cell_text, clock, counted, formatted, place, terminal_width, text_table
 from .core.errors import InputError, ParameterError, RunError
 from .core.files import resolve, runs_dir
 
@@ -73,7 +73,7 @@ def cli():
     recgen recommend runs/demo/04_tiger --user 12
     """
 
-# %% ../nbs/cli.ipynb #b7b5874d
+# %% ../nbs/cli.ipynb #47617adb
 def completed(names):
     "Completion of an argument by the shell: `_RECGEN_COMPLETE=bash_source recgen` prints what the shell must read."
     return lambda ctx, param, incomplete: [n for n in names() if n.startswith(incomplete)]
@@ -114,10 +114,10 @@ def help_of(ctx, name):
     elif name:
         click.echo(stage_help(name))
     else:
-        click.echo(text_table([{"stage": s, "what it does": read_stage(s).line} for s in stage_names()], terminal_width(sys.stdout)))
+        click.echo(text_table([{"stage": s, "what it does": read_stage(s).line.removeprefix(f"{s}: ")} for s in stage_names()], terminal_width(sys.stdout)))
         click.echo("\nrecgen help STAGE says what it takes, recgen run STAGE runs it, recgen --help lists the commands.")
 
-# %% ../nbs/cli.ipynb #6b849bfc
+# %% ../nbs/cli.ipynb #09b6e530
 @cli.command(add_help_option=False)
 @click.argument("stage", required=False, shell_complete=completed(stage_words))
 @PAIRS
@@ -157,7 +157,7 @@ def report_outcome(done, quiet: bool = False):
     click.echo(f"{done.stage}: {'reused, it was finished before' if done.reused else f'finished in {clock(done.seconds)}'}")
     if done.folder:
         name, value = main_figure(read_json(done.folder / "manifest.json")) if (done.folder / "manifest.json").exists() else ("", None)
-        click.echo("".join(f"  {k:<9} {v}\n" for k, v in (("run", place(done.folder)), ("notebook", place(done.notebook)), ("figure", f"{name} {cell_text(value)}" if name else "")) if v), nl=False)
+        click.echo("".join(f"  {k:<9} {v}\n" for k, v in (("run", place(done.folder)), ("notebook", place(done.notebook)), ("metric", f"{name} {cell_text(value)}" if name else "")) if v), nl=False)
     else:
         click.echo(f"  notebook  {place(done.notebook)}")
 
@@ -266,7 +266,7 @@ def runs(folder, stage, compare, others, metrics, full, form):
     click.echo()
     print_rows(table["figures"], form)
 
-# %% ../nbs/cli.ipynb #f96ea62f
+# %% ../nbs/cli.ipynb #a3501869
 @cli.command()
 @click.argument("run_folder")
 @click.option("--user", "-u", "users", multiple=True, metavar="ID", help="A user of the run's dataset, as many times as needed.")
@@ -295,7 +295,7 @@ def recommend(run_folder, users, history, group, out, k, names, raw, held_out, s
     from recgen.commands.runs import run_called
     from recgen.retrieval.recommender import Recommender
 
-    folder, options = run_called(run_folder), {"exclude_seen": not seen, "ensemble": ensemble}
+    folder, options = run_called(run_folder, stage="04_tiger"), {"exclude_seen": not seen, "ensemble": ensemble}
     answers.check_run(folder)
     recommender = Recommender.load(folder, device)
     place_of_data = str(resolve(data)) if data else ""
@@ -312,15 +312,16 @@ def recommend(run_folder, users, history, group, out, k, names, raw, held_out, s
     else:
         click.echo(answers.answer_text(found, lambda rows: text_table(rows, terminal_width(sys.stdout))))
 
-# %% ../nbs/cli.ipynb #92aaa8d7
+# %% ../nbs/cli.ipynb #53783ee4
 @cli.command()
 @click.argument("folder")
-@click.option("--item", "-i", "wanted", multiple=True, type=int, metavar="ID", help="An item's codes, and who shares their beginning.")
+@click.option("--item", "-i", "wanted", multiple=True, metavar="ID", help="An item's codes, and who shares their beginning.")
+@click.option("--raw", is_flag=True, help="--item is the source's own id.")
 @click.option("--prefix", metavar="CODES", help="What is below a prefix: 3,17.")
 @click.option("--limit", type=click.IntRange(0), default=10, show_default=True, help="Rows shown; 0: all.")
 @click.option("--out", metavar="FILE", help="Write the whole table to .json (the original's format), .csv or .parquet.")
 @FORMAT
-def ids(folder, wanted, prefix, limit, out, form):
+def ids(folder, wanted, raw, prefix, limit, out, form):
     """Look at semantic IDs.
 
     FOLDER is a run of 03_tokenizer or 04_tiger, or a file of IDs.
@@ -334,13 +335,13 @@ def ids(folder, wanted, prefix, limit, out, form):
     if out:
         click.echo(f"{look.export_ids(table, items, resolve(out)):,} items: {place(resolve(out))}")
     elif wanted:
-        found = [look.siblings(table, i, items, limit) for i in wanted]
+        found = [look.siblings(table, look.item_number(items, i, raw), items, limit) for i in wanted]
         click.echo(formatted(found, form) if form == "json" else "\n\n".join(siblings_text(f) for f in found))
     elif prefix:
         codes = prefix_codes(prefix)
         rows = look.below(table, codes)
         if form == "table":
-            click.echo(f"{len(rows):,} items below {','.join(map(str, codes))}")
+            click.echo(f"{counted(len(rows), 'item')} below {','.join(map(str, codes))}")
         print_rows(look.children(table, codes, items, limit), form)
     elif form == "json":
         click.echo(formatted([look.statistics(table)], form))
@@ -361,14 +362,14 @@ def prefix_codes(text: str) -> list:
 
 def siblings_text(found: dict) -> str:
     "An item, its codes, and below each prefix, the longest first, the items that are new there."
-    lines = [f"item {found['item']}: {','.join(map(str, found['codes']))}  {found['title']}".rstrip(), f"  tokens {' '.join(map(str, found['tokens']))}"]
+    lines = [f"item {found['item']}{found['raw_id'] and ' (' + found['raw_id'] + ')'}: {','.join(map(str, found['codes']))}  {found['title']}".rstrip(), f"  tokens {' '.join(map(str, found['tokens']))}"]
     for step in found["prefixes"]:
-        lines.append(f"  {','.join(map(str, step['prefix']))}: {step['items']:,} items")
+        lines.append(f"  {','.join(map(str, step['prefix']))}: {counted(step['items'], 'item')}")
         lines += [f"    {r['item']:>7}  {','.join(map(str, r['codes']))}  {r['title']}".rstrip() for r in step["new"]]
         lines += [f"    and {step['left_out']:,} more"] * bool(step["left_out"])
     return "\n".join(lines)
 
-# %% ../nbs/cli.ipynb #52aff1f3
+# %% ../nbs/cli.ipynb #158df1c2
 @cli.command()
 @click.argument("folder")
 @click.option("--check", is_flag=True, help="Make every check that a stage would make; exit status 1 if one fails.")
@@ -389,6 +390,8 @@ def data(folder, check, no_verify, form):
         if form == "table":
             for what, problem in found:
                 click.echo(f"{'FAILS' if problem else 'holds'}  {what}" + (("\n" + problem).replace("\n", "\n       ") if problem else ""))
+            wrong = sum(bool(problem) for _, problem in found)
+            click.echo(f"{wrong} of {counted(len(found), 'check')} failed" if wrong else f"{counted(len(found), 'check')} made, all hold")
         else:
             print_rows([{"check": what, "holds": not problem, "problem": problem} for what, problem in found], form)
         raise click.exceptions.Exit(int(any(problem for _, problem in found)))

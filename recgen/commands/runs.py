@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAIN', 'USUAL', 'main_figure', 'find_runs', 'folder_size', 'holder_of', 'epochs_done', 'describe_run', 'list_runs',
-           'shown_rows', 'plain_rows', 'run_called', 'short_names', 'compare_runs']
+           'shown_rows', 'plain_rows', 'stage_of', 'run_called', 'short_names', 'compare_runs']
 
 # %% ../../nbs/commands/04_runs.ipynb #49b1d784
 import datetime
@@ -138,17 +138,28 @@ def plain_rows(rows: list) -> list:
     "The rows as a program reads them: seconds, bytes, whole paths."
     return [{**{k: r[k] for k in ("run", "stage", "dataset", "state", "when", "metric", "value", "bytes")}, "folder": str(r["folder"])} for r in rows]
 
-# %% ../../nbs/commands/04_runs.ipynb #5ed96d13
+# %% ../../nbs/commands/04_runs.ipynb #9f9606ba
+def stage_of(folder: Path) -> str:
+    "The stage that a run folder is of, finished or not; '' where it does not say."
+    path = next((p for p in (folder / "manifest.json", folder / ".run.json") if p.exists()), None)
+    try:
+        told = read_json(path)
+        return (told if path.name == "manifest.json" else told["identity"]).get("stage", "")
+    except (InputError, AttributeError, KeyError, TypeError):
+        return ""
+
+
 def run_called(
     name: str,  # a folder, or what its path below the runs ends or its last part begins with
     root=None,  # where runs are looked for
+    stage: str = "",  # of which stage; any if not given
 ) -> Path:
     "The run folder of that name. ParameterError where none has it or several do."
     folder = resolve(name)
     if any((folder / f).exists() for f in ("manifest.json", ".run.json")):
         return folder
     root = Path(root or runs_dir())
-    known = find_runs(root) if root.is_dir() else []
+    known = [f for f in (find_runs(root) if root.is_dir() else []) if not stage or stage_of(f) == stage]
     parts = tuple(p for p in name.strip("/").split("/") if p)
     found = [f for f in known if f.parts[-len(parts) :] == parts] or [f for f in known if f.name.startswith(name) and len(name) > 2]
     if len(found) != 1:

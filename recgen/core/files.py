@@ -161,12 +161,13 @@ def link_file(source, target):
     except OSError:
         shutil.copyfile(source, target)
 
-# %% ../../nbs/core/05_files.ipynb #b124f02c
+# %% ../../nbs/core/05_files.ipynb #8c97edcf
 @contextmanager
 def _reading(path, kind, mend):
     path = Path(path)
     if not path.exists():
-        raise InputError(f"there is no file {path.name}", file=path, expected=kind, mend=mend)
+        elsewhere = None if path.parent.is_dir() else "not even its folder; relative paths begin where the command is given"
+        raise InputError(f"there is no file {path.name}", file=path, found=elsewhere, expected=kind, mend=mend)
     if not path.is_file():
         raise InputError(f"{path.name} is not a file", file=path, expected=kind, mend=mend)
     if path.stat().st_size == 0:

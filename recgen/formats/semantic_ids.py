@@ -39,7 +39,7 @@ def write_mapping(path, item_ids, codes, block: int = 1 << 16):
             f.write((", " if first else "") + ", ".join(f'"{i}": {c}' for i, c in pairs))
         f.write("}\n")
 
-# %% ../../nbs/formats/03_semantic_ids.ipynb #eb80a9c9
+# %% ../../nbs/formats/03_semantic_ids.ipynb #72d61fd7
 class SemanticIDs:
     "Codes of items, ascending by item id, and the way back."
 
@@ -139,6 +139,8 @@ class SemanticIDs:
                 raise InputError("there are no semantic IDs in this folder", file=path, expected="semantic_ids.parquet or semantic_id_mappings.json",
                                  mend="run 03_tokenizer and give its folder")
             path = found[0]
+        if not path.exists():
+            raise InputError(f"there is no file {path.name}", file=path, expected="the folder of a run that has semantic IDs, or their file", mend="run 03_tokenizer and give its folder; relative paths begin where the command is given")
         return load_json(cls, verify_file(path)) if path.suffix == ".json" else load_parquet(cls, verify_file(path))
 
     def __eq__(self, other):

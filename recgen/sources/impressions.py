@@ -296,7 +296,7 @@ def check_items_known(connection, parts: dict, items: pd.DataFrame):
                                  mend="add them to the item table, or drop these rows")
     connection.unregister("known_items")
 
-# %% ../../nbs/sources/14_impressions.ipynb #c22b657b
+# %% ../../nbs/sources/14_impressions.ipynb #3ebeb49f
 def click_source(
     folder: Path,
     files: dict,  # {train, valid and perhaps test: file}
@@ -305,7 +305,7 @@ def click_source(
     items: pd.DataFrame = None,  # the item table, where there is one: key, title, …; then the log may name no other item
 ) -> Source:
     "The source of a click log whose files are known."
-    source = Source("impressions", Path(files["train"]), "", "user", "item", raw={"user": ("user", "user"), "item": ("item", "item")}, numbered=False)
+    source = Source("impressions", Path(files["train"]), "", "user", "item", raw={"user": ("user", "user"), "item": ("item", "item")}, numbered=False, licence="not stated")
     with open_spool() as connection, refusals(source):
         parts = {name: open_part(connection, name, Path(files[name]), columns, histories) for name in ("train", "valid", "test") if name in files}
         if "timestamp" in parts["train"].roles:

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'PACKED', 'ENCODINGS', 'ROLES', 'UNITS', 'NOTHING', 'ITEM_ROLES', 'kind_of', 'table_files', 'known_encoding',
-           'csv_columns', 'check_schemas', 'check_twins', 'json_sql', 'table_sql', 'plain_name', 'column_map',
-           'key_sql', 'number_sql', 'time_unit', 'thousandth_sql', 'micros_sql', 'time_sql', 'as_list', 'read_items',
-           'csv_lines', 'table_source']
+           'csv_columns', 'check_schemas', 'check_twins', 'json_sql', 'table_sql', 'plain_name', 'did_you_mean',
+           'column_map', 'key_sql', 'number_sql', 'time_unit', 'thousandth_sql', 'micros_sql', 'time_sql', 'as_list',
+           'read_items', 'csv_lines', 'table_source']
 
-# %% ../../nbs/sources/11_tables.ipynb #1e27b030
+# %% ../../nbs/sources/11_tables.ipynb #875db324
 import codecs
 import csv
+import difflib
 import glob
 import io
 import re
@@ -143,7 +144,7 @@ def table_sql(
     options = {"columns": columns, "header": str(header).lower(), "delim": text_sql(delimiter), "quote": text_sql(quote), "escape": text_sql(quote), "encoding": text_sql(known_encoding(encoding))}
     return f"read_csv({listed}, auto_detect = false, hive_partitioning = false, " + ", ".join(f"{k} = {v}" for k, v in options.items()) + ")"
 
-# %% ../../nbs/sources/11_tables.ipynb #d27ca7d1
+# %% ../../nbs/sources/11_tables.ipynb #f13d26ba
 ROLES = {
     "user": ("user_id", "userid", "user", "uid", "customer_id", "customer", "reviewerid", "visitorid", "session_id"),
     "item": ("item_id", "itemid", "item", "iid", "product_id", "productid", "parent_asin", "asin", "sku", "movieid", "movie_id", "video_id", "article_id"),
@@ -155,6 +156,12 @@ ROLES = {
 def plain_name(name: str) -> str:
     "A column's name as it is compared: `User ID` is user_id."
     return re.sub(r"[\s_-]", "", name.lower())
+
+
+def did_you_mean(absent: list, there: list) -> str:
+    "; did you mean …?, or nothing."
+    near = dict.fromkeys(n for name in absent for n in difflib.get_close_matches(name, there, 1))
+    return f"; did you mean {first_few(near)}?" if near else ""
 
 
 def column_map(
@@ -175,7 +182,7 @@ def column_map(
             given[role] = column.strip()
     absent = [c for c in given.values() if c and c not in there]
     if absent:
-        raise InputError("a column is missing", file=file, column=", ".join(absent), found="columns " + first_few(there, 12), expected="the names of columns", mend=f"correct -p {parameter}; upper and lower case count")
+        raise InputError("a column is missing", file=file, column=", ".join(absent), found="columns " + first_few(there, 12), expected="the names of columns", mend=f"correct -p {parameter}; upper and lower case count{did_you_mean(absent, there)}")
     for role, usual in roles.items():
         if role in given:
             continue
@@ -312,7 +319,7 @@ def read_items(
         out["categories"] = [as_list(v, separator) for v in out["categories"]]
     return pd.concat([key.rename("key"), out], axis=1)
 
-# %% ../../nbs/sources/11_tables.ipynb #4960fc92
+# %% ../../nbs/sources/11_tables.ipynb #1a3f3c52
 def csv_lines(path, rows: list, delimiter: str, encoding: str, header: bool) -> list:
     "The lines in which rows of a CSV begin."
     _, delimiter = csv_columns([path], delimiter, encoding, header, '"')
@@ -345,7 +352,7 @@ def table_source(
     path = Path(path)
     table = table_sql(path, delimiter, encoding, header)
     lines = 1 + header if table.startswith("read_csv") and path.is_file() else 0
-    source = Source("tables", path, table, "", "", first_line=lines)
+    source = Source("tables", path, table, "", "", first_line=lines, licence="not stated")
     with open_spool() as connection, refusals(source):
         types = columns_of(connection, table)
         roles = column_map(columns, ROLES, types, ("user", "item"), path)
