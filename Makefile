@@ -9,7 +9,7 @@ export RECGEN_RUNS
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python -m recgen.cli pipeline demo --overwrite
-	@echo "open runs/demo/report.html"
+	@echo "open $(RECGEN_RUNS)/demo/report.html"
 
 test: $(INSTALLED)
 	bash .ci/test
@@ -19,7 +19,7 @@ test-browser: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q -p no:cacheprovider tests/browser/notebooks.py $(if $(ONLY),-k "$(ONLY)")
 
 lab: $(INSTALLED)
-	$(VENV)/bin/jupyter lab nbs
+	$(VENV)/bin/jupyter lab nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # Alone on the machine, please. make bench ONLY="rqkmeans level" measures some; every call is a folder of its own below runs/bench/.
 bench: export RECGEN_DATA ?= $(abspath ../shared/data)
@@ -36,4 +36,4 @@ $(INSTALLED): settings.ini setup.py constraints.txt .ci/install
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PAIRS', 'VERBOSE', 'QUIET', 'FORMAT', 'Commands', 'note', 'told', 'cli', 'completed', 'stage_words', 'print_rows',
            'stage_help', 'help_of', 'run', 'report_outcome', 'check_group', 'pipeline', 'run_steps', 'runs',
-           'recommend', 'ids', 'prefix_codes', 'siblings_text', 'data', 'main']
+           'recommend', 'ids', 'data', 'main']
 
-# %% ../nbs/cli.ipynb #6b399a7b
+# %% ../nbs/cli.ipynb #dadb3532
+import errno
 import sys
 import warnings
 from pathlib import Path
@@ -20,7 +21,7 @@ from .commands.tables import FORMATS, cell_text, clock, counted, formatted, plac
 from .core.errors import InputError, ParameterError, RunError
 from .core.files import resolve, runs_dir
 
-# %% ../nbs/cli.ipynb #4518f03e
+# %% ../nbs/cli.ipynb #079ad597
 class Commands(click.Group):
     "A group whose errors are the library's messages, and whose exit status says whose fault it was."
 
@@ -42,6 +43,11 @@ class Commands(click.Group):
         except (InputError, RunError) as e:
             click.echo(told(e), err=True)
             ctx.exit(getattr(e, "code", 2 if isinstance(e, ParameterError) else 1))
+        except OSError as e:
+            if e.errno == errno.EPIPE:
+                raise  # the reader has had enough: click's own affair
+            click.echo(f"Error: {(e.strerror or str(e)).lower()}" + (f"\n  file:     {e.filename}" if e.filename else ""), err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("stopped", err=True)
             ctx.exit(130)
@@ -224,7 +230,7 @@ def run_steps(steps: list, chosen: list, title: str, folder: Path, verbose: bool
         pipelines.write_report(notebooks, f"recgen: {title}", report)
     click.echo(place(folder) if quiet or not notebooks else f"report: {place(report)}")
 
-# %% ../nbs/cli.ipynb #1d0e86bf
+# %% ../nbs/cli.ipynb #344be8af
 @cli.command()
 @click.argument("folder", required=False)
 @click.option("--stage", help="Runs of this stage alone.")
@@ -242,6 +248,8 @@ def runs(folder, stage, compare, others, metrics, full, form):
     """
     from recgen.commands import runs as listing
 
+    if compare and stage or full and (form != "table" or metrics) or not compare and (full or metrics):
+        raise click.UsageError("--stage is for lists, --metrics and --full for --compare, and --full writes a notebook: it takes neither --format nor --metrics")
     if not compare:
         if others:
             raise click.UsageError("several folders: --compare puts runs side by side")
@@ -312,7 +320,7 @@ def recommend(run_folder, users, history, group, out, k, names, raw, held_out, s
     else:
         click.echo(answers.answer_text(found, lambda rows: text_table(rows, terminal_width(sys.stdout))))
 
-# %% ../nbs/cli.ipynb #53783ee4
+# %% ../nbs/cli.ipynb #4154d672
 @cli.command()
 @click.argument("folder")
 @click.option("--item", "-i", "wanted", multiple=True, metavar="ID", help="An item's codes, and who shares their beginning.")
@@ -332,42 +340,29 @@ def ids(folder, wanted, raw, prefix, limit, out, form):
 
     source = resolve(folder) if resolve(folder).exists() else run_called(folder)
     table, items = SemanticIDs.load(source), look.item_table(source)
+    if (out is not None) + bool(wanted) + bool(prefix) > 1:
+        raise click.UsageError("one of --item, --prefix and --out at a time")
     if out:
         click.echo(f"{look.export_ids(table, items, resolve(out)):,} items: {place(resolve(out))}")
     elif wanted:
         found = [look.siblings(table, look.item_number(items, i, raw), items, limit) for i in wanted]
-        click.echo(formatted(found, form) if form == "json" else "\n\n".join(siblings_text(f) for f in found))
+        flat = [{"item": f["item"], "prefix": s["prefix"], "items": s["items"], "sibling": r["item"], "codes": r["codes"], "title": r["title"]} for f in found for s in f["prefixes"] for r in s["new"]]
+        click.echo("\n\n".join(look.siblings_text(f) for f in found) if form == "table" else formatted(found if form == "json" else flat, form))
     elif prefix:
-        codes = prefix_codes(prefix)
+        codes = look.prefix_codes(prefix)
         rows = look.below(table, codes)
         if form == "table":
             click.echo(f"{counted(len(rows), 'item')} below {','.join(map(str, codes))}")
         print_rows(look.children(table, codes, items, limit), form)
     elif form == "json":
         click.echo(formatted([look.statistics(table)], form))
+    elif form == "csv":
+        print_rows(look.statistics(table)["levels"], form)
     else:
         click.echo(f"{len(table):,} items, {table.n_levels} levels of {', '.join(map(str, table.sizes))} codes\n")
         for rows in (*look.statistics(table).values(), look.children(table, [], items, limit)):
             print_rows(rows, form)
             click.echo()
-
-
-def prefix_codes(text: str) -> list:
-    "3,17 as numbers. UsageError for anything else."
-    words = text.replace(",", " ").split()
-    if not words or not all(w.isdigit() for w in words):
-        raise click.UsageError(f"a prefix is codes with commas, such as 3,17; found {text!r}")
-    return [int(w) for w in words]
-
-
-def siblings_text(found: dict) -> str:
-    "An item, its codes, and below each prefix, the longest first, the items that are new there."
-    lines = [f"item {found['item']}{found['raw_id'] and ' (' + found['raw_id'] + ')'}: {','.join(map(str, found['codes']))}  {found['title']}".rstrip(), f"  tokens {' '.join(map(str, found['tokens']))}"]
-    for step in found["prefixes"]:
-        lines.append(f"  {','.join(map(str, step['prefix']))}: {counted(step['items'], 'item')}")
-        lines += [f"    {r['item']:>7}  {','.join(map(str, r['codes']))}  {r['title']}".rstrip() for r in step["new"]]
-        lines += [f"    and {step['left_out']:,} more"] * bool(step["left_out"])
-    return "\n".join(lines)
 
 # %% ../nbs/cli.ipynb #158df1c2
 @cli.command()

@@ -207,6 +207,13 @@ def test_damage_and_strange_files_do_not_stop_the_list(some_runs, runs):
     states = {r["run"]: r["state"] for r in list_runs(runs)}
     assert [states[f.relative_to(runs).as_posix()] for f in some_runs[:2]] == ["damaged"] * 2 and states["stray"] == "finished"
     assert len(find_runs(runs)) == 4 and folder_size(runs / "nothing") == 0
+    for odd in ('{"stage": ["x"]}', '{"stage": "04_tiger", "metrics": [1], "parameters": 3}', '{"metrics": {}}'):
+        (runs / "stray" / "manifest.json").write_text(odd)
+        assert {r["run"]: r["state"] for r in list_runs(runs)}["stray"] == "damaged"
+    (some_runs[2] / ".holder.json").write_text(json.dumps({"pid": 10**20, "host": socket.gethostname()}))
+    assert "stopped" in call("runs")
+    for words in (["--compare", some_runs[1], "stray"], ["--compare", "stray", some_runs[1]]):
+        assert "not a run's manifest" in call("runs", *words, ok=1)
 
 
 def test_runs_side_by_side(some_runs, runs):
@@ -215,7 +222,9 @@ def test_runs_side_by_side(some_runs, runs):
     assert "learning_rate" in text and "0.001" in text and "0.003" in text and "0.0600" in text and "epochs" not in text.replace("train/epochs", "")
     found = json.loads(call("runs", "-c", a, b, "--format", "json", "--metrics", "train/*"))[0]
     assert [r[""] for r in found["differs"]] == ["learning_rate"] and [r[""] for r in found["figures"]] == ["train/epochs"]
-    assert "not finished" in call("runs", "--compare", a, c, ok=1)
+    assert "not finished" in call("runs", "--compare", a, c, ok=1) and "twice" in call("runs", "--compare", a, a, ok=1)
+    for words in (["--compare", a, b, "--stage", "tiger"], ["--compare", a, b, "--full", "--format", "json"], ["--metrics", "*"]):
+        assert "--metrics" in call("runs", *words, ok=2)
     assert compare_runs([a, b])["figures"][0] == {"": "test/item/filtered/ndcg@10", a.name: 0.05, b.name: 0.06}
     for place in ("x", "y"):
         (runs / place / "mine").mkdir(parents=True)
@@ -256,12 +265,14 @@ def test_recommendations_for_histories_and_raw_ids(trained, tmp_path):
     found = [json.loads(call("recommend", trained, "--history", text, *more, "--format", "json"))[0]["items"]
              for text, more in (("5,9,31", []), ("5 9 31", []), (",".join(items.loc[[5, 9, 31]]), ["--raw"]))]
     assert found[0] == found[1] == found[2] and len(found[0]) == 10 and not {5, 9, 31} & {r["item"] for r in found[0]}
+    for words in (["--history", "99999"], ["--history", "nobody's", "--raw"]):
+        assert "knows none of these items" in call("recommend", trained, *words, ok=1)
     assert "note: 1 history entries are not in the catalogue" in call("recommend", trained, "--history", "5,99999")
     users = tmp_path / "users.txt"
     users.write_text("7\n3\n")
     call("recommend", trained, "--users", users, "--out", tmp_path / "some.parquet", "-k", 2)
     assert pd.read_parquet(tmp_path / "some.parquet")["user_id"].tolist() == [7, 7, 3, 3]
-    for words, said, code in ((["--user", "301"], "1 … 300", 1), (["--history", "five"], "five", 2), (["--users", users, "--out", "x.txt"], ".parquet or .csv", 2), (["--users", "nowhere.txt", "--out", "x.csv"], "nowhere.txt", 1)):
+    for words, said, code in ((["--user", "301"], "1 … 300", 1), (["--user", "²"], "1 … 300", 1), (["--history", "five"], "five", 2), (["--history", "²"], "whole number", 2), (["--users", users, "--out", "x.txt"], ".parquet or .csv", 2), (["--users", "nowhere.txt", "--out", "x.csv"], "nowhere.txt", 1)):
         assert said in call("recommend", trained, *words, ok=code)
     assert "run of 03_tokenizer" in call("recommend", tiny("03_tokenizer"), "--user", "1", ok=1)
 
@@ -271,7 +282,8 @@ def test_ids_are_shown_and_exported(trained, tmp_path):
     table = SemanticIDs.load(trained)
     text = call("ids", trained, "--item", 12)
     codes = table.codes([12])[0].tolist()
-    assert f"item 12: {','.join(map(str, codes))}" in text and pd.read_parquet(trained / "items.parquet").set_index("item_id")["title"][12] in text
+    raw = pd.read_parquet(trained / "items.parquet").set_index("item_id")["raw_id"][12]
+    assert f"item 12 ({raw}): {','.join(map(str, codes))}" in text and text == call("ids", trained, "--raw", "--item", raw) and pd.read_parquet(trained / "items.parquet").set_index("item_id")["title"][12] in text
     found = json.loads(call("ids", tiny("03_tokenizer"), "-i", 12, "--format", "json", "--limit", 0))[0]
     for step in found["prefixes"]:
         n = len(step["prefix"])
@@ -285,7 +297,8 @@ def test_ids_are_shown_and_exported(trained, tmp_path):
     assert SemanticIDs.load(tmp_path / "ids.json").codes().equal(table.codes()) and SemanticIDs.load(tmp_path / "ids.parquet").codes().equal(table.codes())
     csv = pd.read_csv(tmp_path / "ids.csv")
     assert csv[[f"code_{i}" for i in range(3)]].to_numpy().tolist() == table.codes().tolist() and csv["title"].notna().all()
-    for words, said, code in ((["--item", 999], "no such item", 1), (["--prefix", "77"], "no such prefix", 2), (["--prefix", "x"], "3,17", 2), (["--out", "x.txt"], ".parquet", 2)):
+    for words, said, code in ((["--item", 999], "no such item", 1), (["--prefix", "77"], "no such prefix", 2), (["--prefix", "x"], "3,17", 2), (["--prefix", "²"], "3,17", 2), (["--out", "x.txt"], ".parquet", 2),
+                              (["--item", "B1"], "--raw", 1), (["--raw", "--item", "nobody's"], "no such item", 1), (["--item", 5, "--prefix", 1], "at a time", 2)):
         assert said in call("ids", trained, *words, ok=code)
 
 
@@ -318,6 +331,63 @@ def test_a_folder_written_by_hand_is_described(tmp_path):
     assert "FAILS" not in call("data", folder, "--check")
     pd.DataFrame({"user_id": [1, 1], "item_id": [1, 9], "timestamp": [1, 2]}).to_parquet(folder / "interactions.parquet")
     assert "FAILS" in call("data", folder, "--check", ok=1)
+
+
+@pytest.mark.parametrize("name, text", [("dataset.json", "[]"), ("manifest.json", "[]"), ("interactions.parquet", None)])
+@pytest.mark.parametrize("more", [[], ["--check"]], ids=["facts", "checks"])
+def test_a_damaged_folder_is_named_not_a_traceback(name, text, more, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(tiny("00_data"), folder)
+    if text is None:
+        (folder / name).write_bytes((folder / name).read_bytes()[:700])
+    else:
+        (folder / name).write_text(text)
+    assert name.split(".")[0] in call("data", folder, *more, ok=1)
+
+
+@pytest.mark.slow
+def test_nothing_is_written_into_a_finished_run(trained, tmp_path):
+    before = {p: p.read_bytes() for p in trained.rglob("*.parquet")}
+    for words in (["ids", trained, "--out", trained / "semantic_ids.parquet"], ["recommend", trained, "--users", "all", "--out", trained / "items.parquet"], ["recommend", trained, "--users", "all", "--out", trained / "new" / "x.csv"]):
+        assert "inside a run folder" in call(*words, ok=1)
+    assert {p: p.read_bytes() for p in trained.rglob("*.parquet")} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, content, said", [("a.csv", b"", "no users"), ("a.csv", b'user_id,x\n"1,2\n', "as CSV"), ("a.txt", "7é".encode("latin-1"), "UTF-8"), ("a.csv", b"user_id,x\nNA,1\n", "NA"), ("a.csv", b"user_id,x\n", "no users")])
+def test_files_of_users_that_cannot_be_read(trained, name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert said in call("recommend", trained, "--users", tmp_path / name, "--out", tmp_path / "out.csv", ok=1) and not (tmp_path / "out.csv").exists()
+
+
+def test_a_folder_of_runs_may_be_called_like_a_pipeline(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo" / "00_data").mkdir(parents=True)
+    assert "03_tokenizer" in call("pipeline", "demo", "--out", "demo", "--plan")
+    (tmp_path / "mine").mkdir()
+    for kind in ("yaml", "yml"):
+        (tmp_path / "mine" / f"00_data.{kind}").write_text("n_users: 20\n")
+    assert "two files" in call("pipeline", "mine", "--plan", ok=1)
+
+
+def test_paths_that_would_break_a_pipelines_comparison_are_refused_first(runs, tmp_path):
+    assert "comma" in call("pipeline", "--grid", "tiger-search", "--out", tmp_path / "a,b", "--plan", ok=2)
+    (tmp_path / "loop.yaml").write_text("base: &a {x: *a}\n")
+    assert "refers to itself" in call("pipeline", "--grid", tmp_path / "loop.yaml", "--plan", ok=1)
+    assert "nothing is left" in call("pipeline", "demo", "--from", "04", "--only", "03", "--plan", ok=2)
+
+
+def test_a_grid_of_hundreds_is_planned(runs, tmp_path):
+    (tmp_path / "many.yaml").write_text(f"base: demo\ngrid:\n  04_tiger.seed: {list(range(400))}\n")
+    assert call("pipeline", "--grid", tmp_path / "many.yaml", "--plan").count("\n04_tiger/") == 400
+
+
+def test_what_the_system_refuses_is_one_line(runs, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied", "there")
+    monkeypatch.setattr("recgen.commands.runs.list_runs", refuse)
+    said = call("runs", ok=1)
+    assert said.startswith("Error: permission denied") and "there" in said
 
 
 # --- rows

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['dataset_folder', 'facts_of', 'files_of', 'check_relations', 'check_vectors', 'check_impressions', 'check_dataset']
 
-# %% ../../nbs/commands/07_data.ipynb #c6d90d05
+# %% ../../nbs/commands/07_data.ipynb #880328b3
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 from ..core.errors import InputError
 from ..core.files import read_json, read_parquet
 from ..core.hashing import sha256_file
+from ..core.lineage import read_manifest
 from ..formats.dataset import Dataset, check_info
 from ..formats.embeddings import check_same_items, is_list, read_embedding_column
 from ..formats.statistics import LogCounts, PartCounts, log_counts, statistics_table
 from .tables import place
 
-# %% ../../nbs/commands/07_data.ipynb #7966ab4c
+# %% ../../nbs/commands/07_data.ipynb #26d51104
 def dataset_folder(folder) -> Path:
     "The folder, where it is a dataset's. InputError otherwise."
     folder = Path(folder)
@@ -55,9 +56,10 @@ def facts_of(folder: Path) -> dict:
 
 def files_of(folder: Path, verify: bool = True) -> list:
     "A row a file: name, rows, columns, bytes, and whether it has the hash that dataset.json gives (or the run's manifest)."
-    hashes = read_json(folder / "dataset.json").get("sha256", {}) if (folder / "dataset.json").exists() else {}
-    written = read_json(folder / "manifest.json").get("outputs", {}) if (folder / "manifest.json").exists() else {}
-    hashes = {k: v["sha256"] for k, v in written.items()} | hashes
+    info = read_json(folder / "dataset.json") if (folder / "dataset.json").exists() else {}
+    check_info(info, folder / "dataset.json")
+    written = read_manifest(folder)["outputs"] if (folder / "manifest.json").exists() else {}
+    hashes = {k: v.get("sha256") for k, v in written.items() if isinstance(v, dict)} | info.get("sha256", {})
     out = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['item_table', 'is_bare_world', 'run_dataset', 'titles_of', 'item_rows', 'item_number', 'below', 'siblings', 'children',
-           'statistics', 'export_ids']
+           'statistics', 'prefix_codes', 'siblings_text', 'outside_runs', 'export_ids']
 
-# %% ../../nbs/commands/05_ids.ipynb #edf362be
+# %% ../../nbs/commands/05_ids.ipynb #fd8e31e7
 from pathlib import Path
 
 import pandas as pd
@@ -15,13 +15,14 @@ import pyarrow.csv as pc_csv
 import torch
 
 from ..core.errors import InputError, ParameterError, first_few
-from ..core.files import atomic_write, read_json, read_parquet, write_parquet
-from ..core.lineage import input_place
+from ..core.files import atomic_write, read_parquet, resolve, write_parquet
+from ..core.lineage import input_place, read_manifest
 from ..core.run import verify_file
 from ..formats.dataset import LEAVE_ONE_OUT, Dataset
 from ..formats.semantic_ids import SemanticIDs, code_lists, write_mapping
+from .tables import counted
 
-# %% ../../nbs/commands/05_ids.ipynb #b5645fd3
+# %% ../../nbs/commands/05_ids.ipynb #4fc87bf4
 def item_table(
     folder,  # run folder of 03_tokenizer or 04_tiger, or a file of IDs
 ) -> pd.DataFrame | None:  # item_id, raw_id, title
@@ -32,7 +33,7 @@ def item_table(
         return read_parquet(verify_file(folder / "items.parquet"), ["item_id", "raw_id", "title"]).to_pandas()
     if not (folder / "manifest.json").exists():
         return None
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_manifest(folder)
     place = input_place(folder, manifest, "data_path")
     if place and (place / "items.parquet").exists():
         return read_parquet(verify_file(place / "items.parquet"), ["item_id", "raw_id", "title"]).to_pandas()
@@ -52,7 +53,7 @@ def run_dataset(folder: Path, data: str = "") -> Dataset:
     "The dataset that a run read, as it was, or another one in its place. InputError where it is gone or has changed."
     if data:
         return Dataset.load(data)
-    manifest = read_json(folder / "manifest.json", mend="run the stage again: it resumes where it stopped")
+    manifest = read_manifest(folder)
     if is_bare_world(manifest):
         from recgen.sources.world import make_world
 
@@ -64,7 +65,7 @@ def run_dataset(folder: Path, data: str = "") -> Dataset:
                          mend="--data FOLDER gives it, or --history the items themselves")
     return Dataset.load(place)
 
-# %% ../../nbs/commands/05_ids.ipynb #17dd1ac3
+# %% ../../nbs/commands/05_ids.ipynb #9f19480d
 def titles_of(items, ids) -> list:
     "Titles of item ids, '' where they are not known."
     if items is None:
@@ -113,7 +114,7 @@ def siblings(
         rows = below(ids, own[:n])
         new = rows[~torch.isin(ids.item_ids[rows], seen)]
         seen = torch.cat([seen, ids.item_ids[rows]])
-        out.append({"prefix": own[:n], "items": len(rows), "new": item_rows(ids, items, new, limit), "left_out": max(0, len(new) - limit)})
+        out.append({"prefix": own[:n], "items": len(rows), "new": item_rows(ids, items, new, limit), "left_out": max(0, len(new) - limit) if limit else 0})
     known = "" if items is None else next(iter(items.loc[items["item_id"] == item, "raw_id"].astype(str)), "")
     return {"item": item, "raw_id": known, "codes": own, "tokens": ids.tokens([item])[0].tolist(), "title": titles_of(items, [item])[0], "prefixes": out}
 
@@ -138,10 +139,37 @@ def statistics(ids: SemanticIDs) -> dict:
     return {"levels": [{"level": r["level"], "codes": r["size"], "used": r["used"], "perplexity": round(r["perplexity"], 1), "top code's items": r["top_share"]} for r in use],
             "prefixes": [{"codes of the prefix": r["length"], "distinct": r["prefixes"], "largest group": r["largest_group"], "items not alone": r["collision_rate"]} for r in shared]}
 
-# %% ../../nbs/commands/05_ids.ipynb #733bb619
+# %% ../../nbs/commands/05_ids.ipynb #e0fe6c64
+def prefix_codes(text: str) -> list:
+    "3,17 as numbers. ParameterError for anything else."
+    words = text.replace(",", " ").split()
+    if not words or not all(w.isdecimal() for w in words):
+        raise ParameterError("this is no prefix", column="prefix", found=repr(text), expected="codes with commas, such as 3,17")
+    return [int(w) for w in words]
+
+
+def siblings_text(found: dict) -> str:
+    "An item, its codes, and below each prefix, the longest first, the items that are new there."
+    lines = [f"item {found['item']}{found['raw_id'] and ' (' + found['raw_id'] + ')'}: {','.join(map(str, found['codes']))}  {found['title']}".rstrip(), f"  tokens {' '.join(map(str, found['tokens']))}"]
+    for step in found["prefixes"]:
+        lines.append(f"  {','.join(map(str, step['prefix']))}: {counted(step['items'], 'item')}")
+        lines += [f"    {r['item']:>7}  {','.join(map(str, r['codes']))}  {r['title']}".rstrip() for r in step["new"]]
+        lines += [f"    and {step['left_out']:,} more"] * bool(step["left_out"])
+    return "\n".join(lines)
+
+# %% ../../nbs/commands/05_ids.ipynb #024b3434
+def outside_runs(path) -> Path:
+    "The path of a file to write. InputError inside a run folder, whose files have their hashes in its manifest."
+    path = resolve(path)
+    run = next((p for p in path.parents if (p / "manifest.json").exists() or (p / ".run.json").exists()), None)
+    if run:
+        raise InputError("this is inside a run folder, which stays as its run wrote it", file=path, found=f"a run in {run.name}", mend="choose an --out elsewhere")
+    return path
+
+
 def export_ids(ids: SemanticIDs, items, path) -> int:
     "Write the table as .json, .csv or .parquet, by the file's name. Returns the items written. ParameterError for another name."
-    path = Path(path)
+    path = outside_runs(path)
     if path.suffix not in (".json", ".csv", ".parquet"):
         raise ParameterError("this kind of file is not written", column="out", found=path.name, expected=".json, .csv or .parquet")
     if path.suffix == ".json":

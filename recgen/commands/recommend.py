@@ -6,7 +6,7 @@
 __all__ = ['user_histories', 'user_numbers', 'check_run', 'parse_items', 'questions', 'check_known', 'whole_item', 'answer',
            'flat', 'answer_text', 'users_of_file', 'has_histories', 'recommend_all', 'parquet_to_csv']
 
-# %% ../../nbs/commands/06_recommend.ipynb #00e3020f
+# %% ../../nbs/commands/06_recommend.ipynb #b7a9a04d
 import tempfile
 from pathlib import Path
 
@@ -17,15 +17,16 @@ import pyarrow.parquet as pq
 import torch
 
 from ..core.errors import InputError, ParameterError, first_few
-from ..core.files import atomic_write, read_json, read_parquet, resolve
+from ..core.files import atomic_write, read_parquet, resolve
+from ..core.lineage import read_manifest
 from ..core.ragged import Ragged
 from ..formats.dataset import TEST, UNUSED, Dataset, sequences_of
 from ..retrieval.recommender import Recommender
-from .ids import run_dataset
+from .ids import outside_runs, run_dataset
 from .runs import epochs_done, holder_of
 from .tables import counted
 
-# %% ../../nbs/commands/06_recommend.ipynb #c202efb1
+# %% ../../nbs/commands/06_recommend.ipynb #1069b7cb
 def user_histories(
     dataset: Dataset,
     held_out: bool = False,  # leave the test item out
@@ -52,14 +53,14 @@ def user_numbers(
         known = {} if dataset.users is None or "raw_id" not in dataset.users else dict(zip(dataset.users["raw_id"].astype(str), dataset.users["user_id"], strict=True))
         found = [int(known.get(str(u), 0)) for u in users]
     else:
-        found = [int(u) if str(u).strip().isdigit() else 0 for u in users]
+        found = [int(u) if str(u).strip().isdecimal() else 0 for u in users]
     wrong = [str(u) for u, n in zip(users, found, strict=True) if not 1 <= n <= dataset.n_users]
     if wrong:
         raise InputError("the dataset has no such users", column="user", rows=wrong, expected=f"raw ids of users.parquet ({dataset.n_users:,} users)" if raw else f"1 … {dataset.n_users}",
                          mend="--raw where these are the source's own ids" if not raw else None)
     return found
 
-# %% ../../nbs/commands/06_recommend.ipynb #2a540440
+# %% ../../nbs/commands/06_recommend.ipynb #d99d1616
 def check_run(run: Path):
     "InputError unless a folder is a finished run of 04_tiger."
     manifest = run / "manifest.json"
@@ -67,7 +68,7 @@ def check_run(run: Path):
         held = holder_of(run)
         raise InputError("the run has not finished", file=run, found=f"{held} is writing to it{epochs_done(run)}" if held else "no manifest.json", expected="a finished run of 04_tiger",
                          mend="wait for it" if held else "run 04_tiger again: it resumes where it stopped")
-    stage = read_json(manifest).get("stage")
+    stage = read_manifest(run)["stage"]
     if stage != "04_tiger":
         raise InputError("this run does not recommend", file=run, found=f"a run of {stage}", expected="a run of 04_tiger", mend="recgen runs --stage tiger lists them")
 
@@ -115,7 +116,7 @@ def check_known(history: list, catalogue: pd.Series, raw: bool):
 
 def whole_item(text: str) -> int:
     "An item id. ParameterError for another text."
-    if not text.isdigit():
+    if not text.isdecimal():
         raise ParameterError("an item id is not a whole number", column="history", found=text, expected="ids of items.parquet", mend="--raw where these are the source's own ids")
     return int(text)
 
@@ -155,22 +156,28 @@ def answer_text(answers: list, table, shown: int = 5) -> str:
         blocks.append("\n".join([head, *lines, "", table(a["items"]) or "nothing is left to recommend"]))
     return "\n\n".join(blocks)
 
-# %% ../../nbs/commands/06_recommend.ipynb #8576ec4b
+# %% ../../nbs/commands/06_recommend.ipynb #13a1959a
 def users_of_file(path: Path) -> list:
     "User ids from a column user_id (or user) of parquet or CSV, or a line each. InputError where there are none."
     if path.suffix == ".parquet":
         return read_parquet(path, ["user_id"])["user_id"].to_pylist()
     if not path.is_file():
         raise InputError("there is no such file of users", file=path, expected="all, or a file: .parquet, .csv or a text with a user id a line")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as e:
+        raise InputError("the file of users is not UTF-8", file=path, found=str(e)[:80], mend="save it as UTF-8") from e
+    if not lines:
+        raise InputError("there are no users", file=path, found="no line", expected="a user id a line")
     if path.suffix == ".csv" or lines and "," in lines[0]:
-        frame = pd.read_csv(path, dtype=str)
+        try:
+            frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")  # NA may be somebody's id
+        except pd.errors.ParserError as e:
+            raise InputError("the file of users cannot be read as CSV", file=path, found=str(e).strip()[:120], expected="a column user_id") from e
         column = next((c for c in ("user_id", "user") if c in frame), None)
         if column is None:
             raise InputError("a column is missing", file=path, column="user_id", found="columns " + ", ".join(frame.columns), expected="user_id")
-        return frame[column].tolist()
-    if not lines:
-        raise InputError("there are no users", file=path, found="no line", expected="a user id a line")
+        return frame.loc[frame[column].str.strip() != "", column].tolist()
     return lines[1:] if lines[0] in ("user_id", "user") else lines
 
 
@@ -181,7 +188,7 @@ def has_histories(path: Path) -> bool:
     read_parquet(path, [])  # is there, is parquet
     return "history" in pq.read_schema(path).names
 
-# %% ../../nbs/commands/06_recommend.ipynb #b8cd560e
+# %% ../../nbs/commands/06_recommend.ipynb #92d5e184
 def recommend_all(
     recommender: Recommender,
     run: Path,
@@ -195,7 +202,7 @@ def recommend_all(
     **options,  # of Recommender.recommend_to_file
 ) -> dict:  # users, rows, unknown_items
     "Write the users' recommendations: user_id, rank, item_id, raw_id, title, score. InputError before anything is written."
-    out = resolve(out)
+    out = outside_runs(out)
     if out.suffix not in (".parquet", ".csv"):
         raise ParameterError("this kind of file is not written", column="out", found=out.name, expected=".parquet or .csv")
     if users != "all" and has_histories(resolve(users)):
@@ -203,7 +210,9 @@ def recommend_all(
     else:
         dataset = run_dataset(run, data)
         lists = user_histories(dataset, held_out, recommender.items)
-        names = np.arange(1, dataset.n_users + 1) if users == "all" else np.array(user_numbers(dataset, users_of_file(resolve(users)), raw))
+        names = np.arange(1, dataset.n_users + 1) if users == "all" else np.array(user_numbers(dataset, users_of_file(resolve(users)), raw), np.int64)
+        if not len(names):
+            raise InputError("there are no users", file=resolve(users), found="no row", expected="a user id a row")
         asked, raw = lists if users == "all" else lists.select(torch.as_tensor(names - 1)), False
     if out.suffix == ".parquet":
         return recommender.recommend_to_file(asked, out, k, raw=raw, users=names, titles=titles, **options)

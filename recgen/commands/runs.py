@@ -6,7 +6,7 @@
 __all__ = ['MAIN', 'USUAL', 'main_figure', 'find_runs', 'folder_size', 'holder_of', 'epochs_done', 'describe_run', 'list_runs',
            'shown_rows', 'plain_rows', 'stage_of', 'run_called', 'short_names', 'compare_runs']
 
-# %% ../../nbs/commands/04_runs.ipynb #49b1d784
+# %% ../../nbs/commands/04_runs.ipynb #3901cb3a
 import datetime
 import fnmatch
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 from ..core.errors import InputError, ParameterError, first_few
 from ..core.files import read_json, resolve, runs_dir
 from ..core.hashing import hash_data
+from ..core.lineage import read_manifest
 
 # %% ../../nbs/commands/04_runs.ipynb #b0521956
 MAIN = {  # stage: its main figure, the first of these that the manifest has; {name}: that parameter's value
@@ -54,7 +55,7 @@ def find_runs(
         folders[:] = sorted(f for f in folders if not f.startswith("."))
     return found
 
-# %% ../../nbs/commands/04_runs.ipynb #93d88500
+# %% ../../nbs/commands/04_runs.ipynb #5eb56e5b
 def folder_size(folder: Path) -> int:
     "Bytes of all files; several names of one file count once."
     sizes = {}
@@ -78,7 +79,7 @@ def holder_of(folder: Path) -> str:
         return f"process {held['pid']}"
     except PermissionError:
         return f"process {held['pid']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return ""
 
 
@@ -90,7 +91,7 @@ def epochs_done(folder: Path) -> str:
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         return ""
 
-# %% ../../nbs/commands/04_runs.ipynb #fd2052a9
+# %% ../../nbs/commands/04_runs.ipynb #f847e812
 def describe_run(folder: Path, root: Path) -> dict:
     "One row: run, stage, dataset, state, when, metric, value, bytes, and the manifest (or None)."
     path, manifest = folder / "manifest.json", None
@@ -99,8 +100,9 @@ def describe_run(folder: Path, root: Path) -> dict:
             manifest = read_json(path)
         except InputError:
             manifest = {}
-        changed, identity = path, manifest if isinstance(manifest, dict) else {}
-        state = "finished" if identity.get("stage") else "damaged"
+        whole = isinstance(manifest, dict) and isinstance(manifest.get("stage"), str) and all(isinstance(manifest.get(k, {}), dict) for k in ("metrics", "parameters"))
+        changed, identity, manifest = path, manifest if whole else {}, manifest if whole else None
+        state = "finished" if whole else "damaged"
     else:
         changed = folder / ".run.json"
         try:
@@ -138,7 +140,7 @@ def plain_rows(rows: list) -> list:
     "The rows as a program reads them: seconds, bytes, whole paths."
     return [{**{k: r[k] for k in ("run", "stage", "dataset", "state", "when", "metric", "value", "bytes")}, "folder": str(r["folder"])} for r in rows]
 
-# %% ../../nbs/commands/04_runs.ipynb #9f9606ba
+# %% ../../nbs/commands/04_runs.ipynb #66b4fac1
 def stage_of(folder: Path) -> str:
     "The stage that a run folder is of, finished or not; '' where it does not say."
     path = next((p for p in (folder / "manifest.json", folder / ".run.json") if p.exists()), None)
@@ -167,7 +169,7 @@ def run_called(
                              mend="give the folder, or more of its name" if found else "recgen runs lists them")
     return found[0]
 
-
+# %% ../../nbs/commands/04_runs.ipynb #0c20a4b6
 def short_names(folders: list) -> list:
     "For each folder the shortest end of its path that no other has."
     def end(folder):
@@ -185,10 +187,12 @@ def compare_runs(
 ) -> dict:  # {"differs": rows, "figures": rows}
     "What differs among finished runs, and what they reached. InputError for an unfinished one."
     read = []
+    if len(set(folders)) < len(folders):
+        raise InputError("a run is named twice", found=first_few(p.name for p in folders if folders.count(p) > 1), mend="name each run once")
     for folder in folders:
         if not (folder / "manifest.json").exists():
             raise InputError("the run has not finished", file=folder, found="no manifest.json", expected="a finished run", mend="run its stage again: it resumes where it stopped")
-        read.append(read_json(folder / "manifest.json"))
+        read.append(read_manifest(folder))
     names = short_names(folders)
     sides = [{"stage": m["stage"], "dataset": m["dataset"], **m["parameters"], **{f"input {k}": v[:8] for k, v in m["inputs"].items()},
               "code": m["identity"]["source"][:8], **{f"version of {k}": v for k, v in m["versions"].items()}} for m in read]

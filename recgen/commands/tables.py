@@ -67,7 +67,7 @@ def text_table(
         lines.append("  ".join(padded).rstrip())
     return "\n".join(cut(line, width) if width else line for line in lines)
 
-# %% ../../nbs/commands/00_tables.ipynb #d4477180
+# %% ../../nbs/commands/00_tables.ipynb #4eb24b66
 def formatted(
     rows: list,  # dicts with equal keys
     form: str = "table",  # one of FORMATS
@@ -87,7 +87,7 @@ def formatted(
 
 def terminal_width(stream) -> int:
     "The terminal's columns; 0 where the stream is none, so that nothing is cut."
-    return shutil.get_terminal_size().columns if stream.isatty() else 0
+    return shutil.get_terminal_size().columns if stream and stream.isatty() else 0
 
 
 def size_text(n: int) -> str:

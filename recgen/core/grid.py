@@ -7,9 +7,10 @@ __all__ = ['KEYS', 'repeated_keys', 'read_grid', 'comparable', 'value_name', 'va
            'check_key', 'fits', 'checked_grid', 'checked_runs', 'GridRun', 'Grid', 'own_names', 'expand_grid', 'Step',
            'reads_of', 'plan_grid', 'check_steps', 'last_steps', 'compared_runs', 'plan_text']
 
-# %% ../../nbs/core/15_grid.ipynb #fa1c6906
+# %% ../../nbs/core/15_grid.ipynb #6f4e8d85
 import difflib
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -21,7 +22,7 @@ from .files import resolve
 from .hashing import hash_data
 from .params import Declared, convert
 
-# %% ../../nbs/core/15_grid.ipynb #d5efdac5
+# %% ../../nbs/core/15_grid.ipynb #9f38176e
 KEYS = ("base", "grid", "runs")
 
 
@@ -45,8 +46,10 @@ def read_grid(
         raise InputError("there is no such grid", file=path, expected="a YAML file with base, and grid or runs", mend="correct the path")
     try:
         node = yaml.compose(text := path.read_text(encoding="utf-8"))
-        twice = repeated_keys(node)
+        twice = repeated_keys(node)  # RecursionError for aliases in a circle
         found = yaml.safe_load(text)
+    except RecursionError as e:
+        raise InputError("the grid refers to itself", file=path, mend="write the values out in place of the alias (*)") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         line = getattr(getattr(e, "problem_mark", None), "line", None)
         raise InputError("the grid cannot be read as YAML", file=path, rows=None if line is None else [line + 1], found=getattr(e, "problem", None) or str(e).splitlines()[0]) from e
@@ -295,14 +298,14 @@ def plan_grid(
     check_steps(steps, grid)
     return steps
 
-# %% ../../nbs/core/15_grid.ipynb #4a14ec49
+# %% ../../nbs/core/15_grid.ipynb #a798b561
 def check_steps(steps: list, grid: Grid):
     "InputError where two runs end in one step, or two steps have one folder."
     same = next((s.runs for s in last_steps(steps).values() if len(s.runs) > 1), None)
     if same:
         raise InputError("these runs end in the same run: what they change does not reach it, or is what the pipeline has already", file=grid.file, column="grid, runs", found=first_few(same), mend="leave all but one out, or change what the last stage reads")
     folders = [s.folder for s in steps]
-    twice = [f for f in dict.fromkeys(folders) if folders.count(f) > 1]
+    twice = [f for f, n in Counter(folders).items() if n > 1]
     if twice:
         raise InputError("two different runs of a stage have one name", file=grid.file, column="runs", found=first_few(twice), mend="give the named runs other names")
 

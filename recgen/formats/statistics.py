@@ -68,7 +68,7 @@ class PartCounts:
         return {"n_interactions": int(self.rows.sum()), **{f"n_{name}": int(self.rows[p]) for name, p in {"train": TRAIN, **named}.items()},
                 **{f"n_{name}_user_unseen": int(self.lone[p]) for name, p in named.items()}, **{f"n_{name}_item_unseen": n for name, n in unseen.items()}}
 
-# %% ../../nbs/formats/05_statistics.ipynb #db91600a
+# %% ../../nbs/formats/05_statistics.ipynb #9e251227
 @dataclass
 class LogCounts:
     "`lengths` (U,) interactions of each user, `popularity` (N,) of each item, `parts` PartCounts' facts, `info` dataset.json."
@@ -90,6 +90,7 @@ def log_counts(
     info = read_json(folder / "dataset.json")
     split = info.get("split", LEAVE_ONE_OUT)
     lengths, popularity, parts = np.zeros(0, np.int64), np.zeros(info["n_items"], np.int64), PartCounts()
+    read_parquet(folder / "interactions.parquet", [])  # is there, is whole
     with pq.ParquetFile(folder / "interactions.parquet") as file:
         columns = ["user_id", "item_id", "position"] + ["timestamp"] * (split["rule"] == "time")
         for piece in whole_users(file.iter_batches(1_000_000, columns=columns)):

@@ -7,13 +7,14 @@ __all__ = ['STYLE', 'find_items', 'item_label', 'read_history', 'Explorer', 'ope
            'item_tables', 'item_rows', 'history_tables', 'tree_picture', 'table_html', 'page_html', 'page_bundle',
            'picture_html']
 
-# %% ../../nbs/retrieval/11_pages.ipynb #173da0c8
+# %% ../../nbs/retrieval/11_pages.ipynb #10fff241
 import re
 from base64 import b64encode
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from io import BytesIO
+from numbers import Integral
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -77,7 +78,7 @@ def read_history(
         raise InputError("no item is called so", rows=wrong, expected=f"a number from 1 to {len(items):,}, a raw id, or words of a title")
     return found
 
-# %% ../../nbs/retrieval/11_pages.ipynb #af7c32e3
+# %% ../../nbs/retrieval/11_pages.ipynb #57263927
 @dataclass
 class Explorer:
     "What can be asked about one run, and no more of it than tables and pictures."
@@ -131,10 +132,13 @@ class Explorer:
             some = int(((length >= 4) & (length <= 8)).int().argmax()) + 1
             user = self.user(user) if user is not None else some if history is None else None
             history = self.histories[user - 1].tolist() if history is None else history
-        history = [1] if history is None else [int(i) for i in history]
+        history = [1] if history is None else self.read(history) if isinstance(history, str) else history
+        if not isinstance(history, (list, tuple)) or not all(isinstance(i, Integral) and 1 <= i <= len(self.items) for i in history):
+            raise InputError("these are no items", column="history", found=repr(history)[:80], expected=f"a list of numbers from 1 to {len(self.items):,}, or a text as the field takes it")
+        history = [int(i) for i in history]
         return (history or [1])[-1], history, user
 
-# %% ../../nbs/retrieval/11_pages.ipynb #64c5848a
+# %% ../../nbs/retrieval/11_pages.ipynb #a7b7044c
 def open_run(
     run,  # finished run folder of 04_tiger, or its Recommender
     dataset=None,  # Dataset or its folder; else the one that the run read
@@ -143,6 +147,8 @@ def open_run(
 ) -> Explorer:
     "An Explorer of a run. InputError for a dataset or vectors of other items; what is not given and not found is left out."
     loaded = isinstance(run, Recommender)
+    if not loaded and not resolve(run).is_dir():
+        raise InputError("there is no such run folder", file=run, expected="a finished run of 04_tiger", mend="recgen runs lists them")
     recommender = run if loaded else Recommender.load(run, device)
     items, folder = recommender.items, None if loaded else resolve(run)
     if dataset is None and folder is not None:
@@ -211,7 +217,7 @@ def item_rows(items: pd.DataFrame, rows, columns: dict) -> pd.DataFrame:
     chosen = items.iloc[torch.as_tensor(rows).tolist()]
     return pd.DataFrame({**columns, "number": chosen["item_id"].tolist(), "raw id": chosen["raw_id"].astype(str).tolist(), "title": chosen["title"].astype(str).tolist()})
 
-# %% ../../nbs/retrieval/11_pages.ipynb #98726b8c
+# %% ../../nbs/retrieval/11_pages.ipynb #75a52461
 def history_tables(
     explorer: Explorer,
     history: list,  # item ids, oldest first
@@ -229,7 +235,8 @@ def history_tables(
     took = ["  ← took it" if i == target else "" for i in offered["item_id"]]
     table = pd.DataFrame({"rank": offered["rank"], "number": offered["item_id"], "title": offered["title"].astype(str) + took,
                           "probability": [f"{p:.1%}" if p >= 0.001 else "<0.1%" for p in reasons["probability"]], "codes shared": reasons["shared"], "with": reasons["like"]})
-    whose = "" if user is None else f" of user {user}"
+    own = user is not None and explorer.histories is not None and user <= len(explorer.histories) and explorer.histories[user - 1].tolist() == list(history)
+    whose = "" if user is None else f" of user {user}" if own else f" given for user {user}"
     had = f"History{whose}: {len(history)} items, the latest first" if history else f"History{whose}: none, so this is what the model offers to anybody"
     latest = torch.tensor(history[::-1][:10], dtype=torch.int64) - 1
     return {had: item_rows(items, latest, {}), "Recommendations" + (f" (took next: {item_label(items, target)})" if target else ""): table}

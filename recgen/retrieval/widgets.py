@@ -6,10 +6,11 @@
 __all__ = ['ONE_AT_A_TIME', 'somebody_is_there', 'has_widgets', 'show_static', 'answering', 'said_in', 'error_html', 'field',
            'in_a_row', 'ItemPanel', 'HistoryPanel', 'make_widget', 'explore']
 
-# %% ../../nbs/retrieval/11_widgets.ipynb #317917b9
+# %% ../../nbs/retrieval/11_widgets.ipynb #fd350290
 from base64 import b64encode
 from contextlib import contextmanager
 from html import escape
+from numbers import Integral
 from threading import RLock
 from time import sleep
 
@@ -188,7 +189,7 @@ class HistoryPanel:
             png, said = tree_picture(self.explorer, history, self.k.value, user, dpi=110)
             self.page.value, self.picture.value, self.answered = page, picture_html(png, said), asked
 
-# %% ../../nbs/retrieval/11_widgets.ipynb #890aeca2
+# %% ../../nbs/retrieval/11_widgets.ipynb #4591ed6e
 def make_widget(explorer, item: int, history: list, user=None, k: int = 5):
     "(box, ItemPanel, HistoryPanel). ImportError without ipywidgets."
     import ipywidgets
@@ -215,6 +216,9 @@ def explore(
     explorer = open_run(run, dataset, vectors, device)
     last, had, whose = explorer.example(history, user)
     item = item or last
+    for name, value, most in (("item", item, len(explorer.items)), ("k", k, min(20, len(explorer.items)))):
+        if not isinstance(value, Integral) or not 1 <= value <= most:
+            raise InputError(f"there is no such {'item' if name == 'item' else 'number of recommendations'}", column=name, found=repr(value), expected=f"a whole number from 1 to {most:,}")
     if not somebody_is_there() or not has_widgets():
         show_static(explorer, item, had, whose, k)
         return

@@ -36,7 +36,7 @@ from ..evaluation.protocol import cases_from_dataset
 from ..formats.dataset import LEAVE_ONE_OUT, Dataset
 from ..sources.world import make_world
 
-# %% ../../nbs/06_compare.ipynb #06396de6
+# %% ../../nbs/06_compare.ipynb #2d57c7fc
 def split_label(part: str) -> tuple:  # (label or "", folder)
     "NAME=FOLDER in two; what comes behind the first slash is the folder's, whatever is in it."
     head, slash, tail = part.partition("/")
@@ -51,7 +51,7 @@ def run_folders(
     found = []
     for part in filter(None, (p.strip() for p in runs.split(","))):
         name, pattern = split_label(part)
-        places = [p for p in sorted(map(Path, glob.glob(str(resolve(pattern))))) if p.is_dir()] if glob.has_magic(pattern) else [resolve(pattern)]
+        places = [p for p in sorted(map(Path, glob.glob(str(resolve(pattern))))) if p.is_dir()] if glob.has_magic(pattern) and not resolve(pattern).is_dir() else [resolve(pattern)]
         if not places:
             raise InputError("there is no such run folder", column="runs", found=pattern, mend="correct the path")
         found += [(name, Path(os.path.normpath(p))) for p in places]
