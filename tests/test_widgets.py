@@ -141,6 +141,26 @@ def test_items_that_are_not_there_are_refused(explorer, call):
         call(explorer)
 
 
+@pytest.mark.parametrize("wrong", [dict(history=5), dict(history=["B003"]), dict(history=[float("nan")]), dict(history=[0]), dict(item="x"), dict(item=25), dict(k=2.5), dict(k=0), dict(vectors=[]), dict(user="nobody")], ids=str)
+def test_what_is_asked_wrongly_in_a_cell_is_said(wrong):
+    with pytest.raises(InputError) as e:
+        widgets.explore(recommender(), **{"dataset": log(), "vectors": VECTORS, **wrong})
+    assert "expected" in e.value.parts
+
+
+def test_a_history_as_text_and_as_numbers_of_numpy_are_the_same(explorer):
+    assert explorer.example("3, 5")[:2] == explorer.example(np.array([3, 5]).tolist())[:2] == explorer.example(list(np.array([3, 5])))[:2] == (5, [3, 5])
+
+
+def test_a_run_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(InputError, match="no such run folder"):
+        open_run(tmp_path / "nowhere")
+
+
+def test_a_history_is_called_a_users_only_where_it_is(explorer):
+    assert "of user 1" in next(iter(history_tables(explorer, [5, 1, 7], user=1))) and "given for user 1" in next(iter(history_tables(explorer, [5, 9], user=1)))
+
+
 def test_another_catalogue_is_refused():
     with pytest.raises(InputError, match="another catalogue"):
         open_run(recommender(), vectors=VECTORS[:-1])

@@ -138,7 +138,7 @@ class Explorer:
         history = [int(i) for i in history]
         return (history or [1])[-1], history, user
 
-# %% ../../nbs/retrieval/11_pages.ipynb #a7b7044c
+# %% ../../nbs/retrieval/11_pages.ipynb #6c7a08f8
 def open_run(
     run,  # finished run folder of 04_tiger, or its Recommender
     dataset=None,  # Dataset or its folder; else the one that the run read
@@ -158,10 +158,10 @@ def open_run(
         vectors = recorded_vectors(folder, items["item_id"])
     elif isinstance(vectors, (str, Path)):
         vectors = load_embeddings(resolve(vectors), catalogue=items["item_id"]).vectors
-    vectors = vectors if vectors is None or torch.is_tensor(vectors) else torch.tensor(np.stack(list(vectors)))
-    vectors = vectors if vectors is None else vectors.float()
     if vectors is not None and len(vectors) != len(items):
         raise InputError("the vectors are of another catalogue than the run", found=f"{len(vectors):,} vectors", expected=f"{len(items):,}")
+    vectors = vectors if vectors is None or torch.is_tensor(vectors) else torch.tensor(np.stack(list(vectors)))
+    vectors = vectors if vectors is None else vectors.float()
     if dataset is None:
         return Explorer(recommender, vectors=vectors)
     if dataset.items["raw_id"].astype(str).tolist() != items["raw_id"].astype(str).tolist():
