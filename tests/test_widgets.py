@@ -359,12 +359,19 @@ def test_every_control_has_a_label(panels):
 def test_static_output_says_the_same(explorer, monkeypatch):
     sent = []
     monkeypatch.setattr(widgets, "display", lambda data, **options: sent.append((data, options)))
+    monkeypatch.setattr(widgets, "get_ipython", lambda: object())  # a notebook's, without a kernel that somebody answers
     widgets.explore(explorer.recommender, log(), VECTORS, user="3", k=2)
     assert [list(data) for data, _ in sent] == [["text/html", "text/plain"], ["image/png", "text/plain"]] and all(o["raw"] for _, o in sent)
     plain = sent[0][0]["text/plain"]
     for table in (item_tables(explorer, 5), history_tables(explorer, explorer.histories[2].tolist(), 2, 3)):
         assert all(caption in plain for caption in table)
     assert "of user 3" in plain
+
+
+def test_a_script_gets_the_tables_as_text(explorer, capsys):
+    widgets.explore(explorer.recommender, log(), VECTORS, user="3", k=2)
+    printed = capsys.readouterr().out
+    assert "Siblings" in printed and "of user 3" in printed and "<table" not in printed and "base64" not in printed
 
 
 def test_somebody_gets_a_widget_with_the_tables_inside(explorer, monkeypatch):
@@ -375,6 +382,7 @@ def test_somebody_gets_a_widget_with_the_tables_inside(explorer, monkeypatch):
     (data,) = sent
     assert set(data) == {"application/vnd.jupyter.widget-view+json", "text/html", "text/plain"} and "Siblings" in data["text/html"] and "Siblings" in data["text/plain"]
     monkeypatch.setattr(widgets, "has_widgets", lambda: False)
+    monkeypatch.setattr(widgets, "get_ipython", lambda: object())
     widgets.explore(explorer.recommender, log(), VECTORS, history=[3, 4])
     assert all("widget" not in kind for kind in sent[1]) and "image/png" in sent[2]
 

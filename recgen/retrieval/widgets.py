@@ -20,7 +20,7 @@ from IPython.display import display
 from ..core.errors import InputError
 from .pages import STYLE, history_tables, item_tables, open_run, page_bundle, page_html, picture_html, tree_picture
 
-# %% ../../nbs/retrieval/11_widgets.ipynb #63932c7b
+# %% ../../nbs/retrieval/11_widgets.ipynb #43c76aa0
 def somebody_is_there() -> bool:
     "Whether this cell was sent by a front end where a person can answer."
     kernel = getattr(get_ipython(), "kernel", None)
@@ -39,7 +39,11 @@ def has_widgets() -> bool:
 
 def show_static(explorer, item: int, history: list, user=None, k: int = 5):
     "One item and one history as tables and a picture."
-    display(page_bundle(item_tables(explorer, item), history_tables(explorer, history, k, user)), raw=True)
+    page = page_bundle(item_tables(explorer, item), history_tables(explorer, history, k, user))
+    if get_ipython() is None:  # a script
+        print(page["text/plain"])
+        return
+    display(page, raw=True)
     png, said = tree_picture(explorer, history, k, user)
     display({"image/png": b64encode(png).decode(), "text/plain": said}, raw=True, metadata={"image/png": {"alt": said}})
 
