@@ -304,7 +304,7 @@ def test_vectors_of_no_file_column_or_row(tmp_path):
     refused(lambda: load_embeddings(folder, column="text"), folder, "a column is missing", file="item_emb.parquet", column="text", found="ItemID, embedding", mend="rename")
     refused(lambda: load_embeddings(folder, column="embedding+"), folder, "a column is missing", file="item_emb.parquet", found="ItemID, embedding")
     refused(lambda: load_embeddings(folder, file="other.parquet"), folder, "there is no file other.parquet", file="other.parquet", mend="embedding_file")
-    refused(lambda: load_embeddings(tmp_path / "nowhere"), folder, "there is no file item_emb.parquet", mend="embedding_file")
+    refused(lambda: load_embeddings(tmp_path / "nowhere"), folder, "there is no file item_emb.parquet", found="not even its folder", mend="embedding_file")
     none = put(tmp_path / "none", item_emb__parquet=pq.read_table(folder / "item_emb.parquet").slice(0, 0))
     refused(lambda: load_embeddings(none), none, "there are no vectors", file="item_emb.parquet", found="0 rows")
     twice = put(tmp_path / "twice", item_emb__parquet=pa.table([pa.array([1]), pa.array([1]), pa.array([[1.0]])], names=["ItemID", "ItemID", "embedding"]))

@@ -345,6 +345,18 @@ def test_a_damaged_folder_is_named_not_a_traceback(name, text, more, tmp_path):
     assert name.split(".")[0] in call("data", folder, *more, ok=1)
 
 
+def test_a_run_that_is_being_written_is_waited_for(some_runs, runs):
+    said = call("recommend", some_runs[2], "--history", "5", ok=1)
+    assert f"process {os.getpid()} is writing to it, epoch 2" in said and "wait for it" in said
+    release_all()
+    (some_runs[2] / ".holder.json").unlink(missing_ok=True)
+    assert "resumes where it stopped" in call("recommend", some_runs[2], "--history", "5", ok=1)
+    other = Run("00_data", {"seed": 0}, dataset="toy")
+    other.finish({})
+    said = call("recommend", "nothing", "--history", "5", ok=2)
+    assert some_runs[0].name in said and "00_data" not in said
+
+
 @pytest.mark.slow
 def test_nothing_is_written_into_a_finished_run(trained, tmp_path):
     before = {p: p.read_bytes() for p in trained.rglob("*.parquet")}

@@ -168,3 +168,15 @@ def test_a_real_stage_is_the_same_run_as_papermills(tmp_path):
     refused = subprocess.run([sys.executable, "-m", "recgen.cli", "run", "data", "-p", "data_path", "nowhere.csv"], cwd=tmp_path, env={**environment(tmp_path), "PYTHONPATH": str(REPO)}, capture_output=True, text=True)
     assert refused.returncode == 1 and "nowhere.csv" in refused.stderr and "Traceback" not in refused.stderr
     assert (tmp_path / "runs" / "failed" / "00_data.ipynb").exists() and f"notebook: {Path('runs/failed/00_data.ipynb')}" in refused.stderr
+
+
+@pytest.mark.parametrize("given, expected", [({}, execution.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)])
+def test_threads_that_wait_leave_the_cores_to_others(given, expected, toy, runs, monkeypatch):
+    "What the kernel is told, unless the user has told it."
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that what the command sets is undone
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    call("run", "toy", "-p", "n", "7")
+    assert os.environ.get("GOMP_SPINCOUNT") == expected

@@ -237,6 +237,8 @@ def test_folders_by_name_wildcard_and_place(tmp_path):
     assert run_folders(f"seeds={tmp_path}/b/*") == [("seeds", tmp_path / "b/x"), ("seeds", tmp_path / "b/y")]
     assert run_folders(f"text + HGT = {tmp_path}/a/x") == [("text + HGT", tmp_path / "a/x")]
     assert run_folders(f"{tmp_path}/lr=1/run") == [("run", tmp_path / "lr=1/run")]
+    (tmp_path / "br[1]" / "run").mkdir(parents=True)
+    assert run_folders(f"mine={tmp_path}/br[1]/run") == [("mine", tmp_path / "br[1]/run")], "a folder that is there is no pattern"
     assert run_folders(f"A={tmp_path}/lr=1/run") == [("A", tmp_path / "lr=1/run")]
     with pytest.raises(InputError, match="no such run folder"):
         run_folders(f"{tmp_path}/c*")

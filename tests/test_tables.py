@@ -320,3 +320,26 @@ def test_items_with_columns_of_several_kinds_are_refused_before_writing(tmp_path
         assert made["n_items"] == 4
     except InputError as e:
         assert e.parts["column"] == "size" and not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_column_gets_the_near_one(tmp_path):
+    (tmp_path / "log.csv").write_text(csv_text())
+    with pytest.raises(InputError) as e:
+        table_source(tmp_path / "log.csv", "user=customer item=skuu timestamp=when")
+    assert "did you mean sku?" in e.value.parts["mend"]
+    with pytest.raises(InputError) as e:
+        table_source(tmp_path / "log.csv", "user=customer item=sku timestamp=zzz")
+    assert "did you mean" not in e.value.parts["mend"]
+
+
+def test_lines_that_end_differently_are_called_so(tmp_path):
+    lines = csv_text([(f"u{i}", f"i{i % 7}", 1_400_000_000 + i) for i in range(50)], end="\r\n").split("\r\n")
+    (tmp_path / "log.csv").write_bytes("\r\n".join(lines[:20]).encode() + b"\n" + "\r\n".join(lines[20:]).encode())
+    with pytest.raises(InputError) as e:
+        items_of(table_source(tmp_path / "log.csv", "user=customer item=sku timestamp=when"))
+    assert "sed -i" in e.value.parts["mend"] and "lines end differently" in e.value.parts["mend"]
+
+
+def test_ones_own_table_has_no_licence_of_ours(tmp_path):
+    (tmp_path / "log.csv").write_text(csv_text())
+    assert table_source(tmp_path / "log.csv", "user=customer item=sku timestamp=when").licence == "not stated"
