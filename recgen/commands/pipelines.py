@@ -255,10 +255,10 @@ def needed(steps: list, chosen) -> set:
     texts = [str(v) for s in chosen for k, v in s.values.items() if k != "output_dir"]
     return {label for folder, label in ((str(s.folder), s.label) for s in steps) if any(re.search(re.escape(folder) + r"(?![\w-])", t) for t in texts)}
 
-# %% ../../nbs/commands/03_pipelines.ipynb #ac062a2d
+# %% ../../nbs/commands/03_pipelines.ipynb #53bc5e23
 HIDDEN = "hide-source"  # tag of cells whose code the report leaves out
-ABOUT_REPORT = ("What came out, the last stage first; below it each notebook as it ran, from its parameters on (its chapters are in the notebook beside the run folder). Recall and NDCG are counted on items of the "
-                "whole catalogue; *filtered* leaves out what a user already had; brackets are 95 % intervals over users.")
+ABOUT_REPORT = ("What came out, the last stage first; below it each notebook as it ran, from its parameters on (its chapters are in the notebook beside the run folder). Rankings are counted on items of the "
+                "whole catalogue, and *filtered* leaves out what a user already had; click models on impressions. Brackets are 95 % intervals over users.")
 
 
 def write_report(
