@@ -294,7 +294,7 @@ def finding(table: pd.DataFrame, differences: pd.DataFrame, metrics: dict, possi
         known = {name: metrics[f"{name}/all of validation/auc"] for name in (*arms["run"], other["run"]) if name in ARMS or name == other["run"]}
         lines.append("On all of validation, of which the earlier half chose the epochs: " + ", ".join(f"{name} {auc:.4f}" for name, auc in known.items()) + ".")
     if possible:
-        lines.append(f"Possible on this world: {possible:.4f}.")
+        lines.append(f"The true probabilities would have {possible:.4f} in the mean over the labels that they can draw; over those drawn, the row 'possible'.")
     for _, d in differences[(differences["metric"] == "auc") & differences["run"].isin([*arms["run"], other["run"]])].iterrows():
         lines.append(f"{d['run']} over {d['reference']}: {d['difference']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}], {'clear' if d['clear'] else 'not clear: the interval holds 0'}")
     return "\n".join(lines)
